@@ -1,0 +1,38 @@
+# Two commands need nothing before them: `make serve` and `make test`.
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 8000
+MODEL ?= headgate-demo
+ARGS ?=
+BIN := .venv/bin
+
+.PHONY: serve test check format bench clean
+
+serve: .venv/serve.stamp
+	@exec $(BIN)/headgate serve --host $(HOST) --port $(PORT) --model $(MODEL) $(ARGS)
+
+test: .venv/dev.stamp
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/dev.stamp
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: .venv/dev.stamp
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: .venv/dev.stamp
+	@$(BIN)/python -m benchmarks.gateway $(ARGS)
+
+.venv/serve.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) deploy/venv.py .venv
+	@touch $@
+
+.venv/dev.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) deploy/venv.py .venv dev
+	@touch $@ .venv/serve.stamp
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

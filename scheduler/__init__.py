@@ -1,0 +1,1 @@
+"""Decides: pure values in, values out. No I/O, no clock, no torch."""

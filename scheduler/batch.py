@@ -1,0 +1,46 @@
+"""What a step carries: which sequence computes how many tokens, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+from scheduler.messages import Request, TokenEvent
+
+
+class Kind(StrEnum):
+    """What an entry's tokens are for. The engine may treat all alike; the cost model and the metrics do not."""
+
+    DECODE = "decode"
+    PREFILL = "prefill"
+    VERIFY = "verify"  # drafted tokens of a speculation
+    DENOISE = "denoise"  # a masked block of a diffusion model
+    COMMIT = "commit"  # the pass that stores a finished block
+
+
+class Entry(NamedTuple):
+    """One sequence's part of a step: compute `query_tokens` tokens from `position` on.
+
+    `delivers`: the last of them is the sequence's last known token, so the step draws what comes next.
+    """
+
+    key: int
+    kind: Kind
+    position: int
+    query_tokens: int
+    delivers: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One forward pass, and what changes hands before it.
+
+    `stop`: sequences whose KV cache is free from now on. `start`: sequences that appear in an entry for the first time;
+    stop comes before start, and a key may be in both. `refused`: requests that waited in vain.
+    """
+
+    entries: tuple[Entry, ...] = ()
+    start: tuple[Request, ...] = ()
+    stop: tuple[int, ...] = ()
+    refused: tuple[TokenEvent, ...] = ()

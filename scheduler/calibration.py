@@ -1,0 +1,161 @@
+"""The cost model of one worker: the roofline formula, fitted to the machine, with its own error and margin.
+
+Fitted once at start from a sweep of timed steps, then corrected slowly while serving: one factor for the whole machine
+(clocks, a neighbour) and one per kind of step. The margin is the error that 95 % of recent steps stayed within.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scheduler.hardware import Device
+from scheduler.model import ModelShape
+from scheduler.roofline import StepCost, StepWork, mix, ridge_tokens, step_cost
+
+Array = NDArray[np.float64]
+
+GAIN_RATE = 0.02  # of the factor for the whole machine, per step
+CELL_RATE = 0.1  # of the factor per kind of step
+CELL_CLIP = math.log(1.3)
+MARGIN_STEPS = 512
+MARGIN_QUANTILE = 0.95
+MARGIN_EVERY = 32  # steps between two looks at the quantile
+OUTLIER = math.log(4)  # a step this far off was interrupted: it counts for the error, not for the correction
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One kind of step, timed: the median seconds of several identical runs, and their relative spread."""
+
+    work: StepWork
+    seconds: float
+    spread: float = 0.0
+
+
+class CostModel:
+    """Predicts the seconds of a step. `device` carries the fitted shares."""
+
+    def __init__(self, device: Device, shape: ModelShape, margin: float = 0.05) -> None:
+        self.device = device
+        self.shape = shape
+        self.margin = margin
+        self.ridge = ridge_tokens(device, shape)
+        self.steps = 0
+        self._log_gain = 0.0
+        self._log_cells: dict[tuple[int, int], float] = {}
+        self._errors: deque[float] = deque(maxlen=MARGIN_STEPS)
+
+    def cost(self, work: StepWork) -> StepCost:
+        """Seconds by cause, uncorrected: what the causes of a step are split by."""
+        return step_cost(self.device, self.shape, work)
+
+    def seconds(self, work: StepWork) -> float:
+        """The best prediction: the formula times the slow corrections."""
+        correction = self._log_gain + self._log_cells.get(_cell(work, self.shape), 0.0)
+        return self.cost(work).seconds * math.exp(correction)
+
+    def safe_seconds(self, work: StepWork) -> float:
+        """A prediction that 95 % of steps stay under."""
+        return self.seconds(work) * (1 + self.margin)
+
+    def observe(self, work: StepWork, seconds: float) -> float:
+        """Takes in a measured step and returns the log error its prediction had."""
+        error = math.log(seconds / self.seconds(work))
+        self._errors.append(abs(error))
+        self.steps += 1
+        if self.steps % MARGIN_EVERY == 0:
+            self.margin = self._measured_margin()
+        if abs(error) < OUTLIER:
+            self._log_gain += GAIN_RATE * error
+            cell = _cell(work, self.shape)
+            log_cell = self._log_cells.get(cell, 0.0) + CELL_RATE * error
+            self._log_cells[cell] = min(CELL_CLIP, max(-CELL_CLIP, log_cell))
+        return error
+
+    def _measured_margin(self) -> float:
+        quantile = float(np.quantile(self._errors, MARGIN_QUANTILE))
+        return min(1.0, max(0.02, math.expm1(quantile)))
+
+
+def _cell(work: StepWork, shape: ModelShape) -> tuple[int, int]:
+    kv_tokens = work.kv_read_bytes / max(1.0, shape.kv_bytes(1))
+    return int(work.query_tokens).bit_length(), int(kv_tokens).bit_length()
+
+
+# --- the fit at start -------------------------------------------------------------------------------------------------
+
+FLOPS_SHARES = np.geomspace(0.005, 2.0, 49)
+WEIGHT_SHARES = (1.0, 0.7, 0.5, 0.35, 1.4, 2.0, 3.0)  # the first is the prior: a share above 1 means the probe was low
+OFF_PRIOR = 1.15  # how much better (in squared error) another weight share must be to be taken
+
+
+def fit_device(device: Device, shape: ModelShape, timings: Sequence[Timing]) -> Device:
+    """`device` with the shares and fixed costs that explain the timings best, in relative error.
+
+    The corner between reading weights and multiplying is found on a grid; what is left is linear in host seconds,
+    seconds per sequence, KV bytes and attention operations, and none of them can be negative.
+    """
+    seconds = np.array([timing.seconds for timing in timings])
+    linear = np.array([_linear_features(device, shape, timing.work) for timing in timings])
+    best = (math.inf, 1.0, 1.0, np.zeros(4))
+    for weight_share in WEIGHT_SHARES:
+        for flops_share in FLOPS_SHARES:
+            base = np.array([_mixed(device, shape, t.work, weight_share, flops_share) for t in timings])
+            error, values = _nonnegative_fit(linear / seconds[:, None], (seconds - base) / seconds)
+            if error * (OFF_PRIOR if weight_share != WEIGHT_SHARES[0] else 1.0) < best[0]:
+                best = (error, weight_share, float(flops_share), values)
+    _, weight_share, flops_share, (host, per_sequence, per_kv, per_attention) = best
+    return replace(
+        device,
+        host_seconds=float(host),
+        sequence_seconds=float(per_sequence),
+        phase_seconds=0.0,  # not to be told from host seconds by timing whole steps
+        weight_share=weight_share,
+        flops_share=flops_share,
+        kv_share=1 / max(float(per_kv), 1e-3),
+        attention_share=1 / max(float(per_attention), 1e-3),
+    )
+
+
+def fit_margin(model: CostModel, timings: Iterable[Timing]) -> float:
+    """The margin to begin with: the worst error of the sweep, and the spread of identical steps."""
+    errors = [abs(math.log(t.seconds / model.seconds(t.work))) + t.spread for t in timings]
+    return min(0.5, max(0.05, math.expm1(max(errors, default=0.05))))
+
+
+def _mixed(device: Device, shape: ModelShape, work: StepWork, weight_share: float, flops_share: float) -> float:
+    bandwidth = device.level_for(shape.resident_bytes + work.kv_read_bytes).bytes_per_second
+    weights = shape.weight_bytes(work.query_tokens) / (bandwidth * weight_share)
+    flops = shape.matmul_flops(work.query_tokens, work.sequences)
+    return mix(weights, flops / (device.flops_per_second * flops_share))
+
+
+def _linear_features(device: Device, shape: ModelShape, work: StepWork) -> tuple[float, float, float, float]:
+    bandwidth = device.level_for(shape.resident_bytes + work.kv_read_bytes).bytes_per_second
+    kv = (work.kv_read_bytes + work.kv_write_bytes) / bandwidth
+    return 1.0, work.sequences, kv, work.attention_flops / device.flops_per_second
+
+
+def _nonnegative_fit(features: Array, target: Array) -> tuple[float, Array]:
+    """Least squares with no negative coefficient: the best of all subsets, which four columns allow to try."""
+    columns = features.shape[1]
+    best_error, best = float(target @ target), np.zeros(columns)
+    for size in range(1, columns + 1):
+        for subset in combinations(range(columns), size):
+            chosen = features[:, subset]
+            values, *_ = np.linalg.lstsq(chosen, target, rcond=None)
+            if (values < 0).any():
+                continue
+            residual = target - chosen @ values
+            error = float(residual @ residual)
+            if error < best_error:
+                best_error, best = error, np.zeros(columns)
+                best[list(subset)] = values
+    return best_error, best

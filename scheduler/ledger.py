@@ -1,0 +1,42 @@
+"""The account of KV cache bytes that are promised to sequences. `reserved <= capacity` always."""
+
+from __future__ import annotations
+
+
+class Ledger:
+    """Exactly one per worker, owned by its gate. Asking (`can_…`) has no effect; acting asserts what was asked."""
+
+    def __init__(self, capacity_bytes: float) -> None:
+        self.capacity_bytes = capacity_bytes
+        self.reserved_bytes = 0.0
+        self._held: dict[int, float] = {}
+
+    @property
+    def free_bytes(self) -> float:
+        return self.capacity_bytes - self.reserved_bytes
+
+    def held_bytes(self, key: int) -> float:
+        return self._held[key]
+
+    def can_reserve(self, amount_bytes: float) -> bool:
+        return self.reserved_bytes + amount_bytes <= self.capacity_bytes
+
+    def reserve(self, key: int, amount_bytes: float) -> None:
+        assert key not in self._held and amount_bytes >= 0
+        assert self.can_reserve(amount_bytes)
+        self._held[key] = amount_bytes
+        self.reserved_bytes += amount_bytes
+
+    def can_grow(self, key: int, amount_bytes: float) -> bool:
+        return self.can_reserve(amount_bytes - self._held[key])
+
+    def grow(self, key: int, amount_bytes: float) -> None:
+        """Raises the reservation of `key` to `amount_bytes`."""
+        assert self.can_grow(key, amount_bytes) and amount_bytes >= self._held[key]
+        self.reserved_bytes += amount_bytes - self._held[key]
+        self._held[key] = amount_bytes
+
+    def release(self, key: int) -> None:
+        self.reserved_bytes -= self._held.pop(key)
+        if not self._held:
+            self.reserved_bytes = 0.0  # no drift from adding and taking away fractions

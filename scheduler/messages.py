@@ -1,0 +1,341 @@
+"""What crosses a border between processes: requests and decisions, tokens, snapshots, step reports.
+
+Two borders use this module. The gateway submits a `Request` and reads a stream of frames; the front and the engine process
+exchange the same bytes over a pipe, so the front passes most of them on unread. Durations cross a border, timestamps never do.
+Every JSON form carries `v`; unknown fields are ignored, so that neighbours one version apart understand each other.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from enum import IntEnum, StrEnum
+from typing import Any, NamedTuple
+
+VERSION = 1
+
+
+class Reason(StrEnum):
+    """Why a request was refused or failed. The order is part of the wire format: append only."""
+
+    TIME_BUDGET = "time_budget"  # another sequence would push a step beyond somebody's floor
+    KV_FOOTPRINT = "kv_footprint"  # the predicted KV cache does not fit
+    TTFT_UNREACHABLE = "ttft_unreachable"  # the predicted wait exceeds what the tier allows
+    QUEUE_FULL = "queue_full"  # the waiting list is full
+    TOO_LARGE = "too_large"  # can never run here: more context or memory than the worker has
+    UNKNOWN_TIER = "unknown_tier"
+    BAD_REQUEST = "bad_request"
+    WORKER_FAILED = "worker_failed"  # the engine raised, or its process died
+    SHUTTING_DOWN = "shutting_down"
+
+
+REASONS = tuple(Reason)
+
+
+class Finish(IntEnum):
+    """How far a request is: the upper half of an info word. The numbers are part of the wire format."""
+
+    RUNNING = 0
+    STOP = 1
+    LENGTH = 2
+    REFUSED = 3  # before its first token; the token column holds [reason index, retry-after in ms]
+    ERROR = 4  # the token column holds [reason index]
+    CANCELLED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is drawn. Temperature 0 is greedy; top_k 0 and top_p 1 are off.
+
+    A draw depends on (seed, position) alone, never on what else is in the batch.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One sequence to generate. `id` is unique within its gateway; `key` within a worker."""
+
+    id: int
+    gateway: int
+    prompt: Sequence[int]
+    max_tokens: int
+    tier: str = "default"
+    tenant: str = ""
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_ids: frozenset[int] = frozenset()  # generating one of these ends the sequence
+    ignore_eos: bool = False
+
+    @property
+    def key(self) -> int:
+        return self.gateway << 32 | self.id
+
+    def encode(self) -> bytes:
+        """One line of JSON, then the prompt as little-endian uint32 ids."""
+        head = {
+            "v": VERSION,
+            "id": self.id,
+            "gateway": self.gateway,
+            "max_tokens": self.max_tokens,
+            "tier": self.tier,
+            "tenant": self.tenant,
+            "temperature": self.sampling.temperature,
+            "top_p": self.sampling.top_p,
+            "top_k": self.sampling.top_k,
+            "seed": self.sampling.seed,
+            "stop_ids": sorted(self.stop_ids),
+            "ignore_eos": self.ignore_eos,
+        }
+        return json.dumps(head).encode() + b"\n" + words_to_bytes(self.prompt)
+
+    @classmethod
+    def decode(cls, body: bytes) -> Request:
+        """Raises ValueError when the body is not a request of a version this side understands."""
+        line, _, prompt = body.partition(b"\n")
+        try:
+            head = json.loads(line)
+            if head["v"] != VERSION:
+                raise ValueError(f"message version {head['v']}, this side speaks {VERSION}")
+            return cls(
+                id=int(head["id"]),
+                gateway=int(head["gateway"]),
+                prompt=bytes_to_words(prompt),
+                max_tokens=int(head["max_tokens"]),
+                tier=str(head["tier"]),
+                tenant=str(head["tenant"]),
+                sampling=Sampling(
+                    float(head["temperature"]), float(head["top_p"]), int(head["top_k"]), int(head["seed"])
+                ),
+                stop_ids=frozenset(head["stop_ids"]),
+                ignore_eos=bool(head["ignore_eos"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a request: {error!r}") from error
+
+
+def split_key(key: int) -> tuple[int, int]:
+    """(gateway, id) of a request key."""
+    return key >> 32, key & 0xFFFFFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class Accept:
+    """The request starts with the next step."""
+
+    predicted_ttft_seconds: float = 0.0
+    predicted_utps: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """The request is in the waiting list, and is expected to start after this many seconds."""
+
+    predicted_wait_seconds: float
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """The request is not taken. Whoever comes back after `retry_after_seconds` should be let in."""
+
+    reason: Reason
+    retry_after_seconds: float
+    predicted_wait_seconds: float = 0.0
+
+
+Decision = Accept | Wait | Refuse
+
+
+def encode_decision(decision: Decision) -> bytes:
+    return json.dumps({"v": VERSION, "decision": type(decision).__name__.lower(), **asdict(decision)}).encode()
+
+
+def decode_decision(body: bytes) -> Decision:
+    """Raises ValueError when the body is not a decision."""
+    data = json.loads(body)
+    kind = {"accept": Accept, "wait": Wait, "refuse": Refuse}.get(data.get("decision"))
+    if kind is None:
+        raise ValueError("not a decision")
+    known = {f.name for f in fields(kind)}
+    values = {name: value for name, value in data.items() if name in known}
+    if "reason" in values:
+        values["reason"] = Reason(values["reason"])
+    decision: Decision = kind(**values)
+    return decision
+
+
+class TokenEvent(NamedTuple):
+    """What one step (or one decision of the gate) brought for one request."""
+
+    key: int
+    tokens: Sequence[int]
+    finish: Finish = Finish.RUNNING
+    reason: Reason | None = None
+    retry_after_seconds: float = 0.0
+
+
+# --- frames -----------------------------------------------------------------------------------------------------------
+# A frame is little-endian uint32 words:  length | kind | step | n | id[n] | info[n] | token[...]
+# `length` counts the words after itself; info = number of tokens | finish << 16. Only STEP frames have the columns; the
+# payload of the others is JSON padded with spaces to whole words.
+
+
+class Frame(IntEnum):
+    STEP = 0
+    SNAPSHOT = 1
+
+
+def words_to_bytes(words: Sequence[int]) -> bytes:
+    return array("I", words).tobytes()  # "I" is 4 bytes and little-endian on every platform we run on (a test says so)
+
+
+def bytes_to_words(data: bytes) -> list[int]:
+    """Raises ValueError when the data is not whole words."""
+    return array("I", data).tolist()
+
+
+def encode_step(step: int, events: Sequence[TokenEvent]) -> bytes:
+    """One STEP frame with the events of one gateway."""
+    ids: list[int] = []
+    info: list[int] = []
+    tokens: list[int] = []
+    for key, new, finish, reason, retry_after_seconds in events:
+        if finish >= Finish.REFUSED:
+            new = [REASONS.index(reason or Reason.WORKER_FAILED), round(retry_after_seconds * 1000)]
+        ids.append(key & 0xFFFFFFFF)
+        info.append(len(new) | finish << 16)
+        tokens += new
+    return words_to_bytes(
+        [3 + 2 * len(ids) + len(tokens), Frame.STEP, step & 0xFFFFFFFF, len(ids), *ids, *info, *tokens]
+    )
+
+
+def encode_json_frame(kind: Frame, data: dict[str, Any]) -> bytes:
+    payload = json.dumps(data).encode()
+    payload += b" " * (-len(payload) % 4)
+    return words_to_bytes([1 + len(payload) // 4, kind]) + payload
+
+
+class StepFrame(NamedTuple):
+    """The columns of a STEP frame: per request its id and info word, and all their tokens one after the other."""
+
+    step: int
+    ids: list[int]
+    info: list[int]
+    tokens: list[int]
+
+
+class FrameReader:
+    """Cuts a byte stream into frames; a frame may arrive in pieces, or several at once."""
+
+    def __init__(self, limit_bytes: int = 64 << 20) -> None:
+        self.limit_bytes = limit_bytes
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[StepFrame | dict[str, Any]]:
+        """Frames that are complete now, in order. Raises ValueError on a frame longer than the limit."""
+        if self._rest:
+            data = self._rest + data
+        frames: list[StepFrame | dict[str, Any]] = []
+        at, end = 0, len(data)
+        while end - at >= 4:
+            stop = at + 4 + 4 * int.from_bytes(data[at : at + 4], "little")
+            if stop - at > self.limit_bytes:
+                raise ValueError("frame over the limit")
+            if stop > end:
+                break
+            frames.append(decode_frame(data[at + 4 : stop]))
+            at = stop
+        self._rest = data[at:]
+        return frames
+
+
+def decode_frame(body: bytes) -> StepFrame | dict[str, Any]:
+    """A frame without its length word: the columns of a step, or the JSON of any other kind (`kind` is its name)."""
+    kind = int.from_bytes(body[:4], "little")
+    if kind == Frame.STEP:
+        words = memoryview(body).cast("I").tolist()
+        n = words[2]
+        return StepFrame(words[1], words[3 : 3 + n], words[3 + n : 3 + 2 * n], words[3 + 2 * n :])
+    data: dict[str, Any] = json.loads(body[4:])
+    return {"kind": Frame(kind).name.lower(), **data}
+
+
+# --- what a worker says of itself -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A worker's state as others may know it; at most 4 a second, and one a second when nothing happens."""
+
+    running: int
+    waiting: int
+    kv_reserved_bytes: int
+    kv_capacity_bytes: int
+    stalled_seconds: float  # how long the running step has been running
+    predicted_wait_seconds: float  # for a request of the default tier that came now
+
+    def encode(self) -> bytes:
+        return encode_json_frame(Frame.SNAPSHOT, {"v": VERSION, **asdict(self)})
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Snapshot:
+        return cls(**{f.name: data[f.name] for f in fields(cls)})
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """What a gateway needs to know before it can serve a worker's model (`GET /model`).
+
+    `variant` is a hash of tokenizer, template and weights' name: workers with equal variants are interchangeable.
+    """
+
+    model: str
+    variant: str
+    created: int  # Unix seconds
+    context_tokens: int
+    max_prompt_tokens: int  # what can ever run here, by memory
+    eos_ids: tuple[int, ...]
+    tokenizer_json: str
+    chat_template: str | None
+    special_tokens: dict[str, str]  # bos_token, eos_token, … as the template expects them
+    tiers: tuple[str, ...]
+    engine: str  # native | simulated
+    fingerprint: str
+    coalesce_seconds: float = 0.0
+
+    def encode(self) -> bytes:
+        return json.dumps({"v": VERSION, **asdict(self)}).encode()
+
+    @classmethod
+    def decode(cls, body: bytes) -> WorkerInfo:
+        data = json.loads(body)
+        values = {f.name: data[f.name] for f in fields(cls) if f.name in data}
+        return cls(**{**values, "eos_ids": tuple(values["eos_ids"]), "tiers": tuple(values["tiers"])})
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """The record of one step: what it carried, what was predicted, what was measured.
+
+    `seconds` by cause sum to `measured_seconds`; `bytes_moved` is by cause too (weights, kv_read, kv_write).
+    """
+
+    step: int
+    sequences: int
+    prefill_tokens: int
+    decode_tokens: int
+    delivered_tokens: int
+    bytes_moved: dict[str, float]
+    flops: float
+    seconds: dict[str, float]
+    predicted_seconds: float
+    measured_seconds: float
+    limit_seconds: float
+    budget_seconds: float  # what the strictest floor in the step allowed; infinite without one

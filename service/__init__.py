@@ -1,0 +1,1 @@
+"""The gateway: speaks OpenAI to clients, tokens to workers."""

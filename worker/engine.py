@@ -1,0 +1,30 @@
+"""The protocol between the engine process's loop and an engine.
+
+An engine is stepwise: it is told what one forward pass carries and returns what that pass delivered. It never decides
+what runs, and never measures its own time: the loop does both (`worker/core.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from scheduler.batch import StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Tokens by sequence key, for every entry of the plan with `delivers`. Normally one each."""
+
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """Called from one thread only. An exception out of `run` ends every running request with an error."""
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Frees `plan.stop`, takes in `plan.start`, computes `plan.entries` and waits for the result.
+
+        The caller guarantees that the KV cache of all entries fits: it holds the ledger.
+        """
+        ...

@@ -1,0 +1,199 @@
+"""Safetensors checkpoints in the Hugging Face form to the weights the decoder runs on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from worker.native.config import DecoderConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One layer. What reads the same input is one matrix: q, k and v; gate and up."""
+
+    attention_norm: Tensor  # [hidden]
+    qkv: Tensor  # [(heads + 2 * kv_heads) * head_dim, hidden]
+    qkv_bias: Tensor | None
+    qk_norm: Tensor | None  # [heads + kv_heads, head_dim]
+    o: Tensor  # [hidden, heads * head_dim]
+    o_bias: Tensor | None
+    mlp_norm: Tensor  # [hidden]
+    gate_up: Tensor  # [2 * intermediate, hidden]
+    gate_up_bias: Tensor | None
+    down: Tensor  # [hidden, intermediate]
+    down_bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """All weights of a decoder; with a tied head, `head` is `embedding`."""
+
+    embedding: Tensor  # [vocab, hidden]
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor  # [hidden]
+    head: Tensor  # [vocab, hidden]
+
+
+def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a checkpoint of this config holds."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab, config.hidden),
+        "model.norm.weight": (config.hidden,),
+    }
+    if not config.tied_head:
+        shapes["lm_head.weight"] = (config.vocab, config.hidden)
+    layer = _layer_shapes(config)
+    for i in range(config.layers):
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+    return shapes
+
+
+def _layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    hidden, inner = config.hidden, config.intermediate
+    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    attention = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)}
+    mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
+    for module, matrices, bias in (("self_attn", attention, config.attention_bias), ("mlp", mlp, config.mlp_bias)):
+        for name, shape in matrices.items():
+            shapes[f"{module}.{name}.weight"] = shape
+            if bias:
+                shapes[f"{module}.{name}.bias"] = shape[:1]
+    if config.qk_norm:
+        shapes |= {f"self_attn.{name}.weight": (config.head_dim,) for name in ("q_norm", "k_norm")}
+    return shapes
+
+
+class Checkpoint:
+    """The memory-mapped safetensors files of a directory. Raises ValueError when they are not all there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._files: list[Any] = []
+        self._file_of: dict[str, Any] = {}
+        for file in self._find():
+            handle = safe_open(file, framework="pt")
+            self._files.append(handle)
+            self._file_of |= dict.fromkeys(handle.keys(), handle)
+        self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in self._file_of.items()}
+
+    def _find(self) -> list[Path]:
+        index = self.path / "model.safetensors.index.json"
+        if index.exists():
+            names = set(json.loads(index.read_text())["weight_map"].values())
+        else:
+            names = {"model.safetensors"}
+        files = [self.path / name for name in sorted(names)]
+        absent = [file.name for file in files if not file.exists()]
+        if absent:
+            raise ValueError(f"{self.path} lacks {', '.join(absent)}")
+        return files
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for file in self._files:
+            file.__exit__(kind, error, trace)
+
+    def read(self, name: str) -> Tensor:
+        tensor: Tensor = self._file_of[name].get_tensor(name)
+        return tensor
+
+    def dtype(self, name: str) -> str:
+        """float32, bfloat16 or float16. Raises ValueError for any other."""
+        stored = self._file_of[name].get_slice(name).get_dtype()
+        if stored not in SAFETENSORS_DTYPES:
+            raise ValueError(f"{name} is stored as {stored}; known: {', '.join(SAFETENSORS_DTYPES)}")
+        return SAFETENSORS_DTYPES[stored]
+
+
+def check_tensors(config: DecoderConfig, found: dict[str, tuple[int, ...]]) -> None:
+    """Raises one ValueError with everything missing, unexpected or of another shape than the config says."""
+    wanted = tensor_shapes(config)
+    # Old checkpoints store the RoPE frequencies, some a second copy of a tied head.
+    ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")}
+    ignored |= {"lm_head.weight"} if config.tied_head else set()
+    faults = {
+        "missing": sorted(wanted.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - wanted.keys() - ignored),
+        "of another shape": [
+            f"{name} {list(found[name])} instead of {list(shape)}"
+            for name, shape in wanted.items()
+            if found.get(name, shape) != shape
+        ],
+    }
+    if any(faults.values()):
+        raise ValueError("the tensors do not fit the config: " + "; ".join(_fault(*f) for f in faults.items() if f[1]))
+
+
+def _fault(kind: str, names: list[str], shown: int = 4) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return f"{kind}: {', '.join(names[:shown])}{more}"
+
+
+def load_weights(
+    checkpoint: Checkpoint, config: DecoderConfig, device: torch.device, dtype: torch.dtype
+) -> Weights:
+    """Reads a checkpoint tensor by tensor into memory of our own. Raises ValueError when it does not fit the config."""
+    check_tensors(config, checkpoint.shapes)
+    reader = _Reader(checkpoint, device, dtype)
+    embedding = reader.stack("model.embed_tokens.weight")
+    return Weights(
+        embedding=embedding,
+        layers=tuple(_load_layer(reader, config, f"model.layers.{i}.") for i in range(config.layers)),
+        norm=reader.stack("model.norm.weight"),
+        head=embedding if config.tied_head else reader.stack("lm_head.weight"),
+    )
+
+
+def _load_layer(reader: _Reader, config: DecoderConfig, prefix: str) -> LayerWeights:
+    def stack(module: str, names: Sequence[str], what: str = "weight") -> Tensor:
+        return reader.stack(*(f"{prefix}{module}.{name}.{what}" for name in names))
+
+    qkv, o, gate_up, down = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
+    return LayerWeights(
+        attention_norm=reader.stack(f"{prefix}input_layernorm.weight"),
+        qkv=stack("self_attn", qkv),
+        qkv_bias=stack("self_attn", qkv, "bias") if config.attention_bias else None,
+        qk_norm=_head_norms(config, *(stack("self_attn", (n,)) for n in ("q_norm", "k_norm"))) if config.qk_norm else None,
+        o=stack("self_attn", o),
+        o_bias=stack("self_attn", o, "bias") if config.attention_bias else None,
+        mlp_norm=reader.stack(f"{prefix}post_attention_layernorm.weight"),
+        gate_up=stack("mlp", gate_up),
+        gate_up_bias=stack("mlp", gate_up, "bias") if config.mlp_bias else None,
+        down=stack("mlp", down),
+        down_bias=stack("mlp", down, "bias") if config.mlp_bias else None,
+    )
+
+
+def _head_norms(config: DecoderConfig, q: Tensor, k: Tensor) -> Tensor:
+    """The scales of q's and k's norms, repeated for each head."""
+    return torch.cat((q.expand(config.heads, -1), k.expand(config.kv_heads, -1)))  # [heads + kv_heads, head_dim]
+
+
+class _Reader:
+    """Copies tensors out of the mapping, several of them under each other."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+
+    def stack(self, *names: str) -> Tensor:
+        shapes = [self.checkpoint.shapes[name] for name in names]
+        rows = [shape[0] for shape in shapes]
+        stacked = torch.empty(sum(rows), *shapes[0][1:], dtype=self.dtype, device=self.device)
+        for part, name in zip(stacked.split(rows), names, strict=True):
+            part.copy_(self.checkpoint.read(name))
+        return stacked
