@@ -259,13 +259,17 @@ class Gate:
         return StepPlan(tuple(entries), start, stop, tuple(refused))
 
     def observe(self, tokens: dict[int, list[int]], seconds: float, host_seconds: float, now: float) -> StepOutcome:
-        """Takes in the step that was in flight: its tokens, the seconds it took, and what the loop took around it."""
+        """Takes in the step that was in flight: its tokens, the engine's seconds, and the loop's before it.
+
+        Users see both, so the cost model learns their sum.
+        """
         flight, self._flight = self._flight, None
         assert flight is not None
         self._outlook = None
         self._step += 1
-        self.cost.observe(flight.work, seconds)
-        slow = seconds > flight.safe_seconds
+        measured = seconds + host_seconds
+        self.cost.observe(flight.work, measured)
+        slow = measured > flight.safe_seconds
         events = []
         delivered = 0
         for entry in flight.entries:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import IntEnum, StrEnum
 from typing import Any, NamedTuple
 
@@ -75,6 +75,9 @@ class Request:
     @property
     def key(self) -> int:
         return self.gateway << 32 | self.id
+
+    def with_stop_ids(self, more: frozenset[int]) -> Request:
+        return replace(self, stop_ids=self.stop_ids | more) if more else self
 
     def encode(self) -> bytes:
         """One line of JSON, then the prompt as little-endian uint32 ids."""

@@ -1,0 +1,5 @@
+"""`python -m headgate`."""
+
+from headgate.main import main
+
+raise SystemExit(main())

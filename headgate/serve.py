@@ -1,0 +1,74 @@
+"""`headgate serve`: checks the settings, binds the sockets, and supervises a gateway and a worker."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from headgate.settings import ConfigurationError, Settings, read_settings
+from headgate.supervisor import Sockets, Supervisor
+
+
+def main(arguments: Sequence[str]) -> int:
+    try:
+        settings = read_settings(arguments, os.environ)
+        check_model(settings)
+    except ConfigurationError as error:
+        faults = str(error).splitlines()
+        print(
+            "headgate: the configuration cannot be used:",
+            *(f"  {fault}" for fault in faults),
+            sep="\n",
+            file=sys.stderr,
+        )
+        return 2
+    with tempfile.TemporaryDirectory(prefix="headgate-", ignore_cleanup_errors=True) as folder:
+        try:
+            sockets = bind(settings, Path(folder))
+        except OSError as error:
+            print(f"headgate: {error.strerror}", file=sys.stderr)
+            return 2
+        return Supervisor(settings, sockets, Path(folder)).run()
+
+
+def check_model(settings: Settings) -> None:
+    """Whether model and hardware can be found, as far as that is known without loading or downloading anything."""
+    from worker.files import ModelNotFound, find_local_model
+    from worker.simulated import find_device, find_shape
+
+    try:
+        if settings.engine == "simulated":
+            find_device(settings.hardware)
+            find_shape(settings.model)
+        else:
+            find_local_model(settings.model)
+    except (ValueError, ModelNotFound) as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def bind(settings: Settings, folder: Path) -> Sockets:
+    """The three listening sockets, which outlive every child. OSError with a sentence when one is not to be had."""
+    api = _listen(settings.host, settings.port, "--port")
+    metrics = _listen("127.0.0.1", settings.metrics_port, "--metrics-port")
+    worker = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    worker.bind(str(folder / "worker"))
+    worker.listen(4096)
+    return Sockets(api, metrics, worker)
+
+
+def _listen(host: str, port: int, option: str) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        raise OSError(
+            error.errno, f"cannot listen on {host}:{port} ({error.strerror}); choose another {option}"
+        ) from error
+    listener.listen(4096)
+    return listener

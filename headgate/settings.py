@@ -1,0 +1,351 @@
+"""The settings of `headgate serve`: one table of options, read from the command line, the environment and a TOML file.
+
+The command line wins over the environment, the environment over the file, the file over the default. Everything is checked
+before anything starts, and all faults are told in one message.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import re
+import textwrap
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+PREFIX = "HEADGATE_"
+
+
+class Fault(ValueError):
+    """A value that cannot be used; the text says what would do."""
+
+
+# --- kinds of values --------------------------------------------------------------------------------------------------
+
+
+def _text(value: str) -> str:
+    if not value:
+        raise Fault("must not be empty")
+    return value
+
+
+def _one_of(*names: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        if value not in names:
+            raise Fault(f"must be one of {', '.join(names)}")
+        return value
+
+    return parse
+
+
+def _device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise Fault("must be auto, cpu, cuda or cuda:N")
+    return value
+
+
+def _number(least: int, most: int) -> Callable[[str], int]:
+    def parse(value: str) -> int:
+        if not re.fullmatch(r"-?\d+", value) or not least <= int(value) <= most:
+            raise Fault(f"must be a whole number from {least} to {most}")
+        return int(value)
+
+    return parse
+
+
+def _seconds(value: str) -> float:
+    if not re.fullmatch(r"\d+(\.\d+)?", value) or float(value) > 86400:
+        raise Fault("must be a number of seconds, at most 86400")
+    return float(value)
+
+
+def _bytes(value: str) -> int:
+    """A number of bytes: 4GiB, 512MB, 1000000; 0 leaves the choice to the worker."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)[bB]?", value)
+    if not match:
+        raise Fault("must be a size such as 4GiB, 512MB or 1000000")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kMGT".index(unit.replace("K", "k") or " "))
+
+
+def _switch(value: str) -> bool:
+    if value.lower() in ("1", "true", "yes", "on", ""):
+        return True
+    if value.lower() in ("0", "false", "no", "off"):
+        return False
+    raise Fault("must be true or false")
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One setting: `name` is its attribute, `--name` its flag, HEADGATE_NAME its variable, `name` its key in the file."""
+
+    name: str
+    metavar: str
+    parse: Callable[[str], Any]
+    default: Any
+    help: str
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return PREFIX + self.name.upper()
+
+
+OPTIONS = {
+    "What is served": (
+        Option(
+            "model",
+            "NAME",
+            _text,
+            "headgate-demo",
+            "The model that ships (headgate-demo), a folder with a checkpoint in Hugging Face form, or a hub id "
+            "(OWNER/NAME), which is downloaded. For the simulated engine: the name of a shape, such as llama-3.1-8b.",
+        ),
+        Option(
+            "served_name",
+            "NAME",
+            str,
+            "",
+            "What clients call the model. By default its own name; simulated-HARDWARE for the simulated engine.",
+        ),
+        Option(
+            "engine",
+            "native|simulated",
+            _one_of("native", "simulated"),
+            "native",
+            "native computes with torch. simulated reads no weights: it takes the time a named device would take, so "
+            "that a laptop shows how a GPU behaves under load.",
+        ),
+        Option(
+            "hardware",
+            "NAME",
+            _text,
+            "h100",
+            "The device that the simulated engine stands for: a name of the catalogue (a100, h100, h200, b200, l4, l40s, "
+            "rtx-3090, rtx-4090, rtx-5090, mi300x, laptop-cpu) or a JSON file that describes one.",
+        ),
+    ),
+    "Where it computes": (
+        Option(
+            "device",
+            "auto|cpu|cuda[:N]",
+            _device,
+            "auto",
+            "Where the native engine computes. auto takes a GPU where there is one.",
+        ),
+        Option(
+            "dtype",
+            "NAME",
+            _one_of("auto", "float32", "bfloat16", "float16"),
+            "auto",
+            "The number format of weights and KV cache. auto is float32 on a CPU and the checkpoint's own on a GPU.",
+        ),
+        Option(
+            "threads",
+            "N",
+            _number(0, 1024),
+            0,
+            "CPU threads of the native engine. 0 measures whether more than one pays.",
+        ),
+        Option(
+            "kv_cache",
+            "SIZE",
+            _bytes,
+            0,
+            "Memory for the KV cache, such as 4GiB. 0 takes a sensible share of what is free.",
+        ),
+        Option(
+            "context", "TOKENS", _number(0, 1 << 24), 0, "The longest context that is served. 0 is the model's own."
+        ),
+    ),
+    "How much at once": (
+        Option("max_sequences", "N", _number(1, 4096), 256, "Requests in the running batch at most."),
+        Option(
+            "max_waiting",
+            "N",
+            _number(0, 1 << 20),
+            16384,
+            "Requests that may wait; further ones are told when to come back.",
+        ),
+    ),
+    "Where it listens": (
+        Option(
+            "host",
+            "ADDRESS",
+            _text,
+            "127.0.0.1",
+            "The address of the API. Beyond loopback only with --insecure, until there are keys.",
+        ),
+        Option("port", "N", _number(0, 65535), 8000, "The port of the API. 0 takes a free one, which is printed."),
+        Option(
+            "metrics_port",
+            "N",
+            _number(0, 65535),
+            0,
+            "The worker's own port for /metrics and /healthz, on loopback. 0 takes a free one.",
+        ),
+        Option(
+            "insecure",
+            "",
+            _switch,
+            False,
+            "Serve beyond loopback although anybody who reaches the port may use the API.",
+        ),
+    ),
+    "How it ends": (
+        Option(
+            "drain_seconds", "SECONDS", _seconds, 30.0, "How long running requests may go on after SIGTERM or Ctrl-C."
+        ),
+    ),
+}
+ALL_OPTIONS = tuple(option for group in OPTIONS.values() for option in group)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The checked values; one attribute per option."""
+
+    model: str
+    served_name: str
+    engine: str
+    hardware: str
+    device: str
+    dtype: str
+    threads: int
+    kv_cache: int
+    context: int
+    max_sequences: int
+    max_waiting: int
+    host: str
+    port: int
+    metrics_port: int
+    insecure: bool
+    drain_seconds: float
+
+
+assert [f.name for f in fields(Settings)] == [option.name for option in ALL_OPTIONS]
+
+
+class ConfigurationError(Exception):
+    """Everything that is wrong with the configuration, one fault a line."""
+
+
+def read_settings(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
+    """Raises ConfigurationError with all faults; SystemExit after --help or on an unknown flag, as argparse does."""
+    given = vars(_parser().parse_args(arguments))
+    config = given.pop("config") or environ.get(PREFIX + "CONFIG")
+    faults: list[str] = []
+    from_file = _read_file(config, faults) if config else {}
+    faults += _unknown_variables(environ)
+    values: dict[str, Any] = {}
+    for option in ALL_OPTIONS:
+        source, text = _given(option, given, environ, from_file, config or "")
+        if text is None:
+            values[option.name] = option.default
+            continue
+        try:
+            values[option.name] = option.parse(text)
+        except Fault as fault:
+            faults.append(f"{source}: {fault}, not {text!r}")
+    if not faults:
+        faults += _contradictions(Settings(**values))
+    if faults:
+        raise ConfigurationError("\n".join(faults))
+    return Settings(**values)
+
+
+def _given(
+    option: Option, flags: Mapping[str, str | None], environ: Mapping[str, str], file: Mapping[str, str], config: str
+) -> tuple[str, str | None]:
+    """Where the value comes from, and its text; None where nobody gave one."""
+    if (text := flags[option.name]) is not None:
+        return option.flag, text
+    if (text := environ.get(option.variable)) is not None:
+        return option.variable, text
+    if (text := file.get(option.name)) is not None:
+        return f"{config}: {option.name}", text
+    return "", None
+
+
+def _read_file(config: str, faults: list[str]) -> dict[str, str]:
+    try:
+        data = tomllib.loads(Path(config).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        faults.append(f"{config}: cannot be read: {error}")
+        return {}
+    except tomllib.TOMLDecodeError as error:
+        faults.append(f"{config}: not TOML: {error}")
+        return {}
+    known = {option.name for option in ALL_OPTIONS}
+    faults += [f"{config}: there is no option {name!r}" for name in data if name.replace("-", "_") not in known]
+    return {name.replace("-", "_"): str(value) for name, value in data.items()}
+
+
+def _unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    known = {option.variable for option in ALL_OPTIONS} | {PREFIX + "CONFIG", PREFIX + "TRACES"}
+    return [f"{name}: there is no such option" for name in environ if name.startswith(PREFIX) and name not in known]
+
+
+def _contradictions(settings: Settings) -> list[str]:
+    faults = []
+    if not is_loopback(settings.host) and not settings.insecure:
+        faults.append(
+            f"--host {settings.host}: anybody who reaches this address could use the API, for there are no keys; "
+            "listen on 127.0.0.1, or say --insecure"
+        )
+    if settings.engine == "simulated" and settings.device != "auto":
+        faults.append(f"--device {settings.device}: the simulated engine computes nothing; choose --hardware")
+    return faults
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+# --- help -------------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="headgate serve",
+        description="Serves a model with an OpenAI-compatible API. Without options: the model that ships, on this "
+        "machine, at http://127.0.0.1:8000/v1.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for option in options:
+            default = "" if option.default in ("", False, 0) else f" Default: {option.default}."
+            text = "\n".join(textwrap.wrap(option.help + default, 80)).replace("%", "%%")
+            if option.parse is _switch:
+                group.add_argument(option.flag, nargs="?", const="true", metavar="BOOL", help=text)
+            else:
+                group.add_argument(option.flag, metavar=option.metavar, help=text)
+    parser.add_argument("--config", metavar="FILE", help="A TOML file with any of these options as keys.")
+    return parser
+
+
+EPILOG = """
+Every option can also be given as an environment variable (--kv-cache as HEADGATE_KV_CACHE) or as a key of a
+TOML file (kv_cache = "4GiB"). The command line wins over the environment, the environment over the file.
+
+examples:
+  headgate serve
+  headgate serve --model ./Qwen3-0.6B --port 9000
+  headgate serve --engine simulated --hardware h200 --model llama-3.1-70b
+"""

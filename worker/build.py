@@ -1,0 +1,153 @@
+"""Builds what the engine process runs: engine, cost model, tiers, gate, and what the worker says of itself."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from scheduler.admission import Load, room
+from scheduler.calibration import CostModel, fit_device, fit_margin
+from scheduler.gate import Gate, Limits
+from scheduler.messages import WorkerInfo
+from scheduler.model import ModelShape
+from scheduler.roofline import decode_work
+from scheduler.tiers import Tier, default_tiers
+from worker.calibrate import sweep
+from worker.config import WorkerConfig
+from worker.engine import Engine
+from worker.files import DEMO, ModelNotFound, TokenizerFiles, find_model, read_tokenizer
+from worker.simulated import SENTENCE, SimulatedEngine, find_device, find_shape
+
+SOLO_CONTEXT = 256  # tokens of context at which UTPS is stated
+COALESCE_SECONDS = 0.005
+
+
+class StartFailed(Exception):
+    """The worker cannot start as it is configured; the text is a sentence for the user."""
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    engine: Engine
+    gate: Gate
+    info: WorkerInfo
+    peak_flops: float
+
+
+def build(config: WorkerConfig) -> Built:
+    """Loads, measures and fits; prints a line per stage. Raises StartFailed with a sentence."""
+    try:
+        if config.engine == "simulated":
+            return _build_simulated(config)
+        return _build_native(config)
+    except (ModelNotFound, ValueError) as error:
+        raise StartFailed(str(error)) from error
+
+
+def stage(line: str) -> None:
+    print(f"headgate: {line}", flush=True)
+
+
+def _build_simulated(config: WorkerConfig) -> Built:
+    device, shape = find_device(config.hardware), find_shape(config.model)
+    files = read_tokenizer(find_model(DEMO))
+    sentence = Tokenizer.from_str(files.tokenizer_json).encode(SENTENCE, add_special_tokens=False).ids
+    engine = SimulatedEngine(device, shape, sentence, files.eos_ids[0], config.seed)
+    capacity = config.kv_cache_bytes or engine.kv_cache_bytes
+    if capacity < shape.kv_bytes(1024):
+        raise ValueError(
+            f"{shape.name} needs {_gb(shape.resident_bytes)} for its weights and does not fit {device.name} "
+            f"({_gb(device.memory.capacity_bytes)})"
+        )
+    stage(f"simulating {shape.name} ({_count(shape.parameters)} parameters, bf16) on {device.name}")
+    cost = CostModel(device, shape)
+    return _assemble(config, engine, cost, capacity, files, config.served_name or f"simulated-{device.name}")
+
+
+def _build_native(config: WorkerConfig) -> Built:
+    folder = find_model(config.model)
+    files = read_tokenizer(folder)
+    stage(f"loading {config.model}")
+    from worker.native.build import load  # torch takes more than a second to import
+
+    began = time.monotonic()
+    native = load(folder, config)
+    engine = native.engine
+    stage(
+        f"loaded in {time.monotonic() - began:.1f} s: {_count(engine.parameters)} parameters, "
+        f"{_gb(engine.weight_bytes)} in {engine.dtype} on {engine.device}{native.threads_note}"
+    )
+    shape = replace(native.shape, name=config.model)
+    limits = _limits(config, shape)
+    timings = sweep(engine, shape, limits, int(engine.kv_cache_bytes / shape.kv_bytes(1)))
+    cost = CostModel(fit_device(native.device, shape, timings), shape)
+    cost.margin = fit_margin(cost, timings)
+    name = config.served_name or (Path(config.model).name if Path(config.model).exists() else config.model)
+    return _assemble(config, engine, cost, engine.kv_cache_bytes, files, name)
+
+
+def _assemble(
+    config: WorkerConfig, engine: Engine, cost: CostModel, capacity: float, files: TokenizerFiles, name: str
+) -> Built:
+    shape = cost.shape
+    limits = _limits(config, shape)
+    solo = 1 / cost.seconds(decode_work(shape, 1, shape.kv_bytes(SOLO_CONTEXT)))
+    tiers = default_tiers(solo)
+    gate = Gate(cost, capacity, tiers, limits)
+    _describe(cost, capacity, tiers, solo, limits)
+    strictest = min(tier.gap_seconds for tier in tiers)
+    info = WorkerInfo(
+        model=name,
+        variant=files.digest,
+        created=int(time.time()),
+        context_tokens=gate.most_tokens,
+        max_prompt_tokens=gate.most_tokens - 1,
+        eos_ids=files.eos_ids,
+        tokenizer_json=files.tokenizer_json,
+        chat_template=files.chat_template,
+        special_tokens=files.special_tokens,
+        tiers=tuple(tier.name for tier in tiers),
+        engine=config.engine,
+        fingerprint=f"hg-{config.engine}-{files.digest[:8]}",
+        coalesce_seconds=min(COALESCE_SECONDS, strictest / 2),
+    )
+    return Built(engine, gate, info, cost.device.flops_per_second)
+
+
+def _limits(config: WorkerConfig, shape: ModelShape) -> Limits:
+    context = min(shape.context_tokens, config.context_tokens or shape.context_tokens)
+    return Limits(context, sequences=config.max_sequences, waiting=config.max_waiting)
+
+
+def _describe(cost: CostModel, capacity: float, tiers: tuple[Tier, ...], solo: float, limits: Limits) -> None:
+    """What was measured of the machine and what it means for users, as lines."""
+    device, shape = cost.device, cost.shape
+    levels = " · ".join(f"{level.name} {level.bytes_per_second / 1e9:.0f} GB/s" for level in device.levels)
+    stage(f"machine: {levels} · {device.flops_per_second / 1e9:,.0f} GFLOP/s; ridge {cost.ridge} tokens per step")
+    stage(f"KV cache: {int(capacity / shape.kv_bytes(1)):,} tokens in {_gb(capacity)}")
+    floor = next(tier for tier in tiers if tier.name == "default")
+    each = shape.kv_bytes(SOLO_CONTEXT)
+    users = max(1, min(room(cost, Load(0, 0.0, floor.gap_seconds), each), limits.sequences, int(capacity / each)))
+    full = 1 / cost.seconds(decode_work(shape, users, users * each))
+    stage(
+        f"predicted: {solo:,.0f} tokens/s for a single user; {full:,.0f} each for {users} at once "
+        f"({users * full:,.0f} in all), with {SOLO_CONTEXT} tokens of context"
+    )
+    stage("tiers: " + " · ".join(_tier(tier) for tier in tiers))
+
+
+def _tier(tier: Tier) -> str:
+    if not tier.floor_utps:
+        return f"{tier.name} no floor, waits as long as it takes"
+    return f"{tier.name} >= {tier.floor_utps:,.0f} tokens/s, waits up to {tier.max_wait_seconds:.0f} s"
+
+
+def _gb(amount: float) -> str:
+    return f"{amount / 1e9:.1f} GB" if amount >= 1e9 else f"{amount / 1e6:.1f} MB"
+
+
+def _count(number: float) -> str:
+    return f"{number / 1e9:.1f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
