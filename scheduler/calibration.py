@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -51,6 +51,14 @@ class CostModel:
         self._log_gain = 0.0
         self._log_cells: dict[tuple[int, int], float] = {}
         self._errors: deque[float] = deque(maxlen=MARGIN_STEPS)
+
+    def prime(self, timings: Sequence[Timing]) -> None:
+        """Takes the sweep's remaining errors as the first corrections, and their mean as the first margin."""
+        errors = [math.log(timing.seconds / self.cost(timing.work).seconds) for timing in timings]
+        for timing, error in zip(timings, errors, strict=True):
+            self._log_cells[_cell(timing.work, self.shape)] = min(CELL_CLIP, max(-CELL_CLIP, error))
+        mean = sum(abs(error) + timing.spread for timing, error in zip(timings, errors, strict=True)) / len(errors)
+        self.margin = min(0.5, max(0.05, math.expm1(mean)))
 
     def cost(self, work: StepWork) -> StepCost:
         """Seconds by cause, uncorrected: what the causes of a step are split by."""
@@ -122,12 +130,6 @@ def fit_device(device: Device, shape: ModelShape, timings: Sequence[Timing]) -> 
         kv_share=1 / max(float(per_kv), 1e-3),
         attention_share=1 / max(float(per_attention), 1e-3),
     )
-
-
-def fit_margin(model: CostModel, timings: Iterable[Timing]) -> float:
-    """The margin to begin with: the worst error of the sweep, and the spread of identical steps."""
-    errors = [abs(math.log(t.seconds / model.seconds(t.work))) + t.spread for t in timings]
-    return min(0.5, max(0.05, math.expm1(max(errors, default=0.05))))
 
 
 def _mixed(device: Device, shape: ModelShape, work: StepWork, weight_share: float, flops_share: float) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from scheduler.admission import Load, room
-from scheduler.calibration import CostModel, fit_device, fit_margin
+from scheduler.calibration import CostModel, fit_device
 from scheduler.gate import Gate, Limits
 from scheduler.messages import WorkerInfo
 from scheduler.model import ModelShape
@@ -84,7 +84,7 @@ def _build_native(config: WorkerConfig) -> Built:
     limits = _limits(config, shape)
     timings = sweep(engine, shape, limits, int(engine.kv_cache_bytes / shape.kv_bytes(1)))
     cost = CostModel(fit_device(native.device, shape, timings), shape)
-    cost.margin = fit_margin(cost, timings)
+    cost.prime(timings)
     name = config.served_name or (Path(config.model).name if Path(config.model).exists() else config.model)
     return _assemble(config, engine, cost, engine.kv_cache_bytes, files, name)
 

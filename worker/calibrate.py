@@ -17,11 +17,13 @@ from scheduler.roofline import step_work
 from worker.engine import Engine
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
+LONG_BATCHES = (1, 4, 16)
 CHUNKS = (8, 16, 32, 64, 128, 256, 512)
-MIXES = ((4, 16), (8, 64), (16, 16), (32, 128))  # decodes and prompt tokens in one step
-SHORT, LONG = 32, 640  # tokens of context
-REPEATS = 7
-SECONDS = 8.0  # for the whole sweep; larger steps are left out when it is spent
+LONG_CHUNKS = (16, 64, 256)
+MIXES = ((4, 16), (8, 64), (16, 16), (32, 64))  # decodes and prompt tokens in one step
+SHORT, LONG = 32, 512  # tokens of context
+REPEATS = 5
+SECONDS = 6.0  # for the whole sweep; larger steps are left out when it is spent
 
 
 class Sweep:
@@ -55,14 +57,12 @@ class Sweep:
             yield batch, SHORT, 0, 0
         for chunk in CHUNKS:
             yield 0, 0, chunk, 0
-        for batch in BATCHES:
-            yield batch, LONG, 0, 0
         for decodes, chunk in MIXES:
             yield decodes, SHORT, chunk, 0
-        for chunk in CHUNKS[3:]:
+        for batch in LONG_BATCHES:
+            yield batch, LONG, 0, 0
+        for chunk in LONG_CHUNKS:
             yield 0, 0, chunk, LONG
-        for decodes, chunk in MIXES:
-            yield decodes, LONG, chunk, LONG
 
     def _fits(self, decodes: int, context: int, chunk: int, position: int) -> bool:
         longest = max(context + REPEATS + 3, position + chunk + 1)
