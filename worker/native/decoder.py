@@ -21,6 +21,7 @@ class Decoder:
         self.config = config
         self.weights = weights
         self.cache = cache
+        self.device, self.dtype = weights.norm.device, weights.norm.dtype
         self.rope = rope_table(config.rope, config.head_dim, context_tokens).to(weights.norm)
 
     def forward(self, inputs: StepInputs) -> Tensor | None:
@@ -66,7 +67,7 @@ def attend(q: Tensor, pages: Tensor, read: Read) -> Tensor:
     The query heads that share a KV head become, for single tokens, the rows of one product with its keys, and for a
     chunk a batch over the same keys, so that keys and values are never repeated in memory.
     """
-    rows, heads, head_dim = q.shape
+    rows, _, head_dim = q.shape
     kv = pages.index_select(0, read.blocks).view(read.sequences, -1, pages.shape[2], head_dim)
     k, v = kv[:, : read.context].transpose(1, 2).chunk(2, 1)  # [sequences, kv_heads, context, head_dim]
     kv_heads = k.shape[1]

@@ -7,21 +7,24 @@ cache changes what a sequence says.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from scheduler.messages import Sampling
 
 WORD = (1 << 64) - 1
-CANDIDATES = 128  # enough for most nuclei; sorting a whole vocabulary costs 10 times as much
+LEAST_TEMPERATURE = 1e-5
+CANDIDATES = 128  # the best logits, enough for most nuclei; only other rows are sorted whole
 
 
 def sample(logits: Tensor, settings: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
     """One token per row of logits [rows, vocab]; `positions` are those of the tokens drawn.
 
-    NaN counts as impossible; a row in which nothing is possible gives token 0.
+    NaN counts as impossible; a row in which nothing is possible gives some token.
     """
     logits = torch.nan_to_num(logits.float(), nan=-torch.inf, neginf=-torch.inf)
     tokens = logits.argmax(-1)
@@ -36,7 +39,8 @@ def sample(logits: Tensor, settings: Sequence[Sampling], positions: Sequence[int
 
 
 def is_greedy(setting: Sampling) -> bool:
-    return setting.temperature <= 0 or setting.top_k == 1 or setting.top_p <= 0
+    """Settings that leave one token; below the least temperature the second best logit has no chance in float32."""
+    return setting.temperature < LEAST_TEMPERATURE or setting.top_k == 1 or setting.top_p <= 0
 
 
 def uniform_at(seed: int, position: int) -> float:
@@ -53,33 +57,54 @@ def _mix(word: int) -> int:
 
 def draw(logits: Tensor, settings: Sequence[Sampling], uniform: Sequence[float]) -> Tensor:
     """Tokens [rows] from logits [rows, vocab] in float32 without NaN, by inverting the cumulated distribution."""
-    columns = [(s.temperature, s.top_p, s.top_k or logits.shape[-1], u) for s, u in zip(settings, uniform, strict=True)]
-    temperature, top_p, top_k, u = torch.tensor(columns, dtype=torch.float64, device=logits.device).T[:, :, None]
-    # The best logit becomes 0 first, so that a tiny temperature cannot overflow. A row of -inf stays one, as NaN.
-    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature.float()
-    if any(s.top_k or s.top_p < 1 for s in settings):
-        scaled = scaled.masked_fill_(scaled < least_kept(scaled, top_k, top_p), -torch.inf)
+    device, vocab = logits.device, logits.shape[-1]
+    temperature = torch.tensor([[s.temperature] for s in settings], device=device)
+    # The best logit becomes 0 first, so that a small temperature cannot overflow.
+    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
+    filtered = [i for i, s in enumerate(settings) if s.top_k or s.top_p < 1]
+    if filtered:
+        rows = torch.tensor(filtered, device=device)
+        scaled[rows] = keep_likely(scaled[rows], [settings[i] for i in filtered])
     cumulated = scaled.softmax(-1).nan_to_num_(0).cumsum(-1, dtype=torch.float64)
     total = cumulated[:, -1:]
+    target = torch.tensor(uniform, dtype=torch.float64, device=device)[:, None] * total
     # Below the total, or rounding could end behind the last possible token.
-    target = torch.minimum(u * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulated, target, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
+    target = target.minimum(total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cumulated, target, right=True).squeeze(-1).clamp_(max=vocab - 1)
 
 
-def least_kept(scaled: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """The smallest logit that top_k, and top_p of what that leaves, keep per row: [rows, 1].
+def keep_likely(scaled: Tensor, settings: Sequence[Sampling]) -> Tensor:
+    """The same logits [rows, vocab], with -inf for what top_k, or top_p of the tokens that top_k leaves, rules out.
 
-    What ties with it is kept too: which of equals came first would depend on how they were sorted.
+    What ties with the least likely token kept is kept too: which of equals comes first would depend on how they are sorted.
     """
     vocab = scaled.shape[-1]
-    for size in (min(CANDIDATES, vocab), vocab):
-        best = scaled.topk(size).values  # [rows, size], descending
-        kept = best.masked_fill(torch.arange(size, device=best.device) >= top_k, -torch.inf)
-        # What top_k leaves lies within the candidates, or the whole row counts.
-        whole = torch.where(top_k <= size, kept.logsumexp(-1, keepdim=True), scaled.logsumexp(-1, keepdim=True))
-        mass = (kept - whole).exp().cumsum(-1, dtype=torch.float64)
-        inside = ((mass < top_p) & (top_p < 1)).sum(-1, keepdim=True)  # places before the one that reaches top_p
-        inside = torch.where(top_p < 1, inside, top_k.long() - 1)
-        if size == vocab or bool((inside < size).all()):
-            break
-    return best.gather(-1, inside.clamp(max=size - 1).minimum(top_k.long() - 1))
+    top_k = torch.tensor([[min(s.top_k or vocab, vocab)] for s in settings], device=scaled.device)
+    # A sum of probabilities may reach 1 too early: off is infinity.
+    columns = [[s.top_p if s.top_p < 1 else math.inf] for s in settings]
+    top_p = torch.tensor(columns, dtype=torch.float64, device=scaled.device)
+    least, is_certain = least_kept(scaled.topk(min(CANDIDATES, vocab)).values, scaled, top_k, top_p)
+    if not bool(is_certain.all()):
+        rest = ~is_certain.squeeze(-1)
+        least[rest], _ = least_kept(descending(scaled[rest]), scaled[rest], top_k[rest], top_p[rest])
+    return torch.where(scaled < least, -torch.inf, scaled)
+
+
+def least_kept(best: Tensor, scaled: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest logit to keep per row, and whether the best logits [rows, size] were enough to know: both [rows, 1]."""
+    size, vocab = best.shape[-1], scaled.shape[-1]
+    beyond = torch.arange(size, device=best.device) >= top_k
+    left = best.masked_fill(beyond, -torch.inf)
+    whole = torch.where(top_k <= size, left.logsumexp(-1, keepdim=True), scaled.logsumexp(-1, keepdim=True))
+    mass = (left - whole).double().exp_().cumsum(-1)
+    last = (mass < top_p).sum(-1, keepdim=True).minimum(top_k - 1)  # the place that reaches top_p, or ends top_k
+    knows_whole = (top_k <= size) | (top_k == vocab)  # of what top_k leaves
+    is_certain = knows_whole & (last < size)
+    return best.gather(-1, last.clamp(max=size - 1)), is_certain
+
+
+def descending(logits: Tensor) -> Tensor:
+    """Every row sorted. On a CPU by numpy, whose sort uses vector instructions: 4,096 logits in 0.07 ms instead of 0.45."""
+    if logits.device.type != "cpu":
+        return logits.sort(-1, descending=True).values
+    return torch.from_numpy(np.sort(logits.numpy())).flip(-1)

@@ -31,6 +31,19 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 _EXCLUDED_DIRECTORIES = {"test", "tests", "idle_test", "site-packages", "__pycache__", "lib-dynload", "_bundled"}
 _EXCLUDED_FILES = {"html/entities.py", "_opcode_metadata.py", "pydoc_data/topics.py", "turtledemo/__init__.py"}
 _EXCLUDED_PATTERN = re.compile(r"config-|_sysconfigdata|encodings/(?!__init__)")
+# Modules whose contents are known under another name.
+_KNOWN_AS = {
+    "_pydatetime": "datetime",
+    "_pydecimal": "decimal",
+    "_pyio": "io",
+    "_collections_abc": "collections.abc",
+    "concurrent.futures._base": "concurrent.futures",
+    "json.decoder": "json",
+    "json.encoder": "json",
+    "pathlib._local": "pathlib",
+    "posixpath": "os.path",
+    "unittest.case": "unittest",
+}
 _TOPICS = "pydoc_data/topics.py"
 
 _ANSWER_CHARS = 1500  # about 450 tokens: a pair fits into a row of 512
@@ -161,12 +174,19 @@ def _module_pairs(file_name: str, text: str) -> Iterator[Conversation]:
         tree = ast.parse(text)
     except SyntaxError:  # newer syntax than that of the Python we run on: the file stays in the text half
         return
-    module = file_name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    module = _module_name(file_name)
     if docstring := _answer(ast.get_docstring(tree) or ""):
         for question in _choose(module, _MODULE_QUESTIONS, 4):
             yield _pair(question.format(name=module), docstring)
     for subject in _subjects(tree, module, text.splitlines()):
         yield from _subject_pairs(subject)
+
+
+def _module_name(file_name: str) -> str:
+    name = file_name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    if name.startswith("asyncio."):  # all of it is imported into the package
+        return "asyncio"
+    return _KNOWN_AS.get(name, name)
 
 
 def _subjects(node: ast.AST, prefix: str, lines: list[str]) -> Iterator[Subject]:

@@ -1,0 +1,231 @@
+"""The decoder against transformers: same logits and greedy tokens, however steps are cut and mixed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
+
+from scheduler.batch import Entry, Kind, StepPlan
+from scheduler.messages import Request, Sampling
+from worker.native.config import Rope
+from worker.native.decoder import rope_table
+from worker.native.inputs import group_by_length
+from worker.native.runner import NativeEngine
+
+GREEDY = Sampling(temperature=0.0)
+NEW_TOKENS = 64
+SMALL: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.15,  # so that two best logits are seldom close
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**SMALL),
+    "llama-tied": lambda: LlamaConfig(**SMALL, tie_word_embeddings=True),
+    "llama-llama3-rope": lambda: LlamaConfig(**SMALL, rope_parameters=LLAMA3),
+    "llama-wide-heads-and-biases": lambda: LlamaConfig(**SMALL, head_dim=24, attention_bias=True, mlp_bias=True),
+    "llama-one-kv-head": lambda: LlamaConfig(**{**SMALL, "num_key_value_heads": 1}),
+    "llama-no-sharing": lambda: LlamaConfig(**{**SMALL, "num_key_value_heads": 4}),
+    "qwen3": lambda: Qwen3Config(**SMALL, head_dim=32, tie_word_embeddings=True),
+    "qwen3-untied": lambda: Qwen3Config(**SMALL, head_dim=16, attention_bias=True),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def save_model(name: str, path: Path) -> torch.nn.Module:
+    """A random model; norms and biases are random too, as they start as ones and zeros."""
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(path)
+    return model
+
+
+@dataclass
+class Running:
+    tokens: list[int]
+    prompt_tokens: int
+    computed: int = 0  # 0: not started
+
+    @property
+    def is_done(self) -> bool:
+        return len(self.tokens) >= self.prompt_tokens + NEW_TOKENS
+
+
+class RandomScheduler:
+    """Mixes decodes and chunks of random sizes; now and then drops a sequence's cache, to be recomputed later."""
+
+    def __init__(self, engine: NativeEngine, seed: int, prompts: list[list[int]]) -> None:
+        self.engine = engine
+        self.random = random.Random(seed)
+        self.sequences = {key: Running(list(prompt), len(prompt)) for key, prompt in enumerate(prompts)}
+        self.evictions = 0
+
+    def run(self) -> None:
+        while any(not running.is_done for running in self.sequences.values()):
+            self.step()
+        self.engine.run(StepPlan(stop=tuple(self.sequences)))
+
+    def step(self) -> None:
+        stop = self._stop_some()
+        free = self.engine.num_blocks - sum(blocks(running.computed) for running in self.sequences.values())
+        entries, start = [], []
+        for key in self.random.sample(sorted(self.sequences), len(self.sequences)):
+            running = self.sequences[key]
+            left = len(running.tokens) - running.computed
+            count = min(left, self.random.randint(1, 40))
+            needed = blocks(running.computed + count) - blocks(running.computed)
+            if running.is_done or needed > free or self.random.random() < 0.2:
+                continue
+            if running.computed == 0:
+                start.append(Request(key, 0, list(running.tokens), NEW_TOKENS, sampling=GREEDY))
+            kind = Kind.DECODE if left == 1 else Kind.PREFILL
+            entries.append(Entry(key, kind, running.computed, count, count == left))
+            running.computed += count
+            free -= needed
+        result = self.engine.run(StepPlan(tuple(entries), tuple(start), stop))
+        assert set(result.tokens) == {entry.key for entry in entries if entry.delivers}
+        for key, tokens in result.tokens.items():
+            self.sequences[key].tokens += tokens
+
+    def _stop_some(self) -> tuple[int, ...]:
+        """Who is done leaves; any other loses its blocks in one of 50 steps, so that nobody waits for them for good."""
+        stop = []
+        for key, running in self.sequences.items():
+            if running.computed and (running.is_done or self.random.random() < 0.02):
+                running.computed = 0
+                stop.append(key)
+                self.evictions += not running.is_done
+        return tuple(stop)
+
+
+def blocks(tokens: int) -> int:
+    return -(-tokens // 16)
+
+
+def record_logits(engine: NativeEngine) -> dict[tuple[int, ...], torch.Tensor]:
+    """Logits by the tokens they follow."""
+    seen: dict[tuple[int, ...], torch.Tensor] = {}
+    deliver = engine._deliver
+
+    def recording(plan: StepPlan, inputs: Any, logits: torch.Tensor | None) -> Any:
+        for row, span in enumerate(inputs.delivering):
+            assert logits is not None
+            seen[tuple(engine._sequences[plan.entries[span].key].tokens)] = logits[row].clone()
+        return deliver(plan, inputs, logits)
+
+    engine._deliver = recording  # type: ignore[method-assign]
+    return seen
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_agrees_with_transformers_in_any_mix_of_batch_chunk_and_block(name: str, tmp_path: Path) -> None:
+    model = save_model(name, tmp_path)
+    block_bytes = 3 * 16 * 2 * 4 * model.config.num_key_value_heads * model.config.head_dim
+    engine = NativeEngine.load(tmp_path, "cpu", "float32", kv_cache_bytes=26 * block_bytes, threads=1)
+    seen = record_logits(engine)
+    rng = random.Random(1)
+    prompts = [[rng.randrange(300) for _ in range(length)] for length in (1, 5, 16, 17, 40, 77)]
+    scheduler = RandomScheduler(engine, seed=len(name), prompts=prompts)
+    scheduler.run()
+    assert scheduler.evictions > 0
+    assert engine.free_blocks == engine.num_blocks == 26
+    for running in scheduler.sequences.values():
+        check_against(model, running.tokens, running.prompt_tokens, seen)
+
+
+@torch.no_grad()
+def check_against(model: Any, tokens: list[int], prompt_tokens: int, seen: dict[tuple[int, ...], torch.Tensor]) -> None:
+    """Teacher-forced: the reference sees our tokens, and must find each of them best, or one of two very close ones."""
+    reference = model(torch.tensor([tokens])).logits[0]
+    for position in range(prompt_tokens, len(tokens)):
+        expected = reference[position - 1]
+        torch.testing.assert_close(seen[tuple(tokens[:position])], expected, rtol=0, atol=1e-4)
+        assert expected[tokens[position]] > expected.max() - 1e-3
+
+
+def test_a_flat_batch_of_many_lengths_gives_each_sequence_its_own_logits(tmp_path: Path) -> None:
+    model = save_model("llama", tmp_path)
+    engine = NativeEngine.load(tmp_path, "cpu", "float32", kv_cache_bytes=8 << 20, threads=1)
+    seen = record_logits(engine)
+    rng = random.Random(2)
+    prompts = [[rng.randrange(300) for _ in range(rng.choice((1, 3, 15, 16, 30, 33, 100, 180)))] for _ in range(24)]
+    start = tuple(Request(key, 0, prompt, 9, sampling=GREEDY) for key, prompt in enumerate(prompts))
+    first = engine.run(StepPlan(tuple(Entry(r.key, Kind.PREFILL, 0, len(r.prompt), True) for r in start), start))
+    second = engine.run(StepPlan(tuple(Entry(r.key, Kind.DECODE, len(r.prompt), 1, True) for r in start)))
+    for key, prompt in enumerate(prompts):
+        check_against(model, prompt + first.tokens[key] + second.tokens[key], len(prompt), seen)
+
+
+@pytest.mark.parametrize("lengths", [[1], [512, 16, 16, 16], [500, 400, 300, 200, 100, 50, 25, 12, 6, 3], [64] * 9])
+def test_less_than_half_of_a_group_is_padding(lengths: list[int]) -> None:
+    groups = group_by_length(lengths, group_tokens=10_000)
+    at = 0
+    for count in groups:
+        assert count * lengths[at] < 2 * sum(lengths[at : at + count])
+        at += count
+    assert at == len(lengths)
+
+
+def test_a_group_gathers_no_more_than_its_bound() -> None:
+    assert group_by_length([64] * 9, group_tokens=256) == [4, 4, 1]
+    assert group_by_length([1000, 1000], group_tokens=256) == [1, 1]
+
+
+def test_bfloat16_stays_close_to_float32(tmp_path: Path) -> None:
+    save_model("qwen3", tmp_path)
+    prompt = [random.Random(3).randrange(300) for _ in range(50)]
+    logits = []
+    for dtype in ("float32", "bfloat16"):
+        engine = NativeEngine.load(tmp_path, "cpu", dtype, kv_cache_bytes=1 << 20, threads=1)
+        seen = record_logits(engine)
+        start = (Request(0, 0, prompt, 1, sampling=GREEDY),)
+        engine.run(StepPlan((Entry(0, Kind.PREFILL, 0, 30, False),), start))
+        engine.run(StepPlan((Entry(0, Kind.PREFILL, 30, 20, True),)))
+        logits.append(seen[tuple(prompt)].float())
+    assert (logits[0] - logits[1]).norm() < 0.05 * logits[0].norm()
+
+
+def test_rope_table_has_unit_length_and_starts_unrotated() -> None:
+    cos, sin = rope_table(Rope(theta=10000.0), head_dim=8, positions=5)
+    torch.testing.assert_close(cos**2 + sin**2, torch.ones_like(cos))
+    assert cos[0].eq(1).all() and sin[0].eq(0).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_agrees_with_transformers(tmp_path: Path) -> None:
+    model = save_model("qwen3", tmp_path)
+    engine = NativeEngine.load(tmp_path, "cuda", "float32", kv_cache_bytes=1 << 20)
+    seen = record_logits(engine)
+    scheduler = RandomScheduler(engine, seed=5, prompts=[[1, 2, 3], [4] * 40])
+    scheduler.run()
+    cpu = {tokens: logits.cpu() for tokens, logits in seen.items()}
+    for running in scheduler.sequences.values():
+        check_against(model, running.tokens, running.prompt_tokens, cpu)
