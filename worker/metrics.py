@@ -11,7 +11,9 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from scheduler.calibration import CostModel
@@ -191,6 +193,14 @@ class WorkerCollector(Collector):
             for row, (counts, total) in _rows(self.state["histograms"], key):
                 histogram.add_metric([*values, *row], _cumulative(bounds, counts), total[0])
             yield histogram
+
+
+def render(collector: WorkerCollector | None) -> tuple[bytes, bytes]:
+    """(text, content type) for a scrape; nothing to tell until the engine process has said who it is."""
+    registry = CollectorRegistry()
+    if collector is not None:
+        registry.register(collector)
+    return generate_latest(registry), CONTENT_TYPE_LATEST.encode()
 
 
 def _rows(table: dict[str, Any], family: str) -> Iterator[tuple[list[str], Any]]:

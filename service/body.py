@@ -1,0 +1,92 @@
+"""Reading bodies: bounded each, bounded together, and never for ever."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import orjson
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Message
+
+from scheduler.messages import Reason
+from service.config import GatewayConfig
+from service.errors import ApiError, invalid, overloaded
+
+
+class Held:
+    """How many bytes of the common bound one request holds."""
+
+    __slots__ = ("bytes",)
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+
+class Bodies:
+    """All bodies of this process that have begun to arrive and whose prompts are not yet with the worker."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        self._config = config
+        self._bytes = 0
+
+    async def read_json(self, request: Request, held: Held) -> dict[str, Any]:
+        """The body as a JSON object. Raises ApiError, or ClientDisconnect when it never came whole."""
+        if not is_json(request.headers.get("content-type", "")):
+            raise ApiError(415, "Please send the body as JSON, with the header 'Content-Type: application/json'.")
+        body = await self._read(request, held)
+        try:
+            value = orjson.loads(body)
+        except orjson.JSONDecodeError as error:
+            raise invalid(f"The body is not valid JSON: {error}.") from error
+        if not isinstance(value, dict):
+            raise invalid("The body must be a JSON object.")
+        return value
+
+    async def _read(self, request: Request, held: Held) -> bytes:
+        limit = self._config.body_limit_bytes
+        declared = request.headers.get("content-length", "")
+        if declared.isdecimal() and int(declared) > limit:
+            raise too_large(limit)
+        pieces: list[bytes] = []
+        more = True
+        while more:
+            message = await self._piece(request)
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            pieces.append(message.get("body", b""))
+            self._hold(held, len(pieces[-1]))
+            if held.bytes > limit:
+                raise too_large(limit)
+            more = message.get("more_body", False)
+        return b"".join(pieces)
+
+    async def _piece(self, request: Request) -> Message:
+        try:
+            async with asyncio.timeout(self._config.body_seconds):
+                return await request.receive()
+        except TimeoutError as error:
+            message = f"The body did not go on within {self._config.body_seconds:g} s."
+            raise ApiError(408, message, headers=(("connection", "close"),)) from error
+
+    def _hold(self, held: Held, size: int) -> None:
+        held.bytes += size
+        self._bytes += size
+        if self._bytes > self._config.bodies_limit_bytes:
+            raise overloaded(Reason.QUEUE_FULL, 1.0)
+
+    def release(self, held: Held) -> None:
+        """The worker has the prompt, or the request is over."""
+        self._bytes -= held.bytes
+        held.bytes = 0
+
+
+def is_json(content_type: str) -> bool:
+    kind = content_type.partition(";")[0].strip().lower()
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+
+
+def too_large(limit_bytes: int) -> ApiError:
+    return ApiError(
+        413, f"The body is larger than {limit_bytes} bytes, which is the limit here.", code="body_too_large"
+    )

@@ -1,0 +1,314 @@
+"""One worker as its gateway sees it: requests go out over a pool, and one step stream brings all tokens back.
+
+The step stream is read by a hand-written protocol. It cuts, deals, detokenizes and writes inside `data_received`, so a token
+wakes no task; several frames in one read become one delivery per request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Protocol, cast
+
+from httptools import HttpResponseParser
+
+from scheduler.messages import (
+    REASONS,
+    Decision,
+    Finish,
+    FrameReader,
+    Reason,
+    Refuse,
+    Request,
+    Snapshot,
+    StepFrame,
+    WorkerInfo,
+    decode_decision,
+)
+from service.errors import unavailable
+from service.exchange import Pool
+
+logger = logging.getLogger(__name__)
+
+FIRST_BACKOFF_SECONDS = 0.05
+LAST_BACKOFF_SECONDS = 1.0
+CONNECT_SECONDS = 10.0  # for /model and for the head of /steps
+SILENCE_SECONDS = 30.0  # a worker says something every second; one that is silent for so long is gone
+FRAME_LIMIT_BYTES = 16 << 20  # a step that carries 16384 requests has a hundredth of it
+WORKER_FAILED = (REASONS.index(Reason.WORKER_FAILED), 1000)
+UNFIT = "a step frame whose columns do not fit together"
+
+Frames = list[StepFrame | dict[str, Any]]
+
+
+class Receiver(Protocol):
+    """Who gets a request's tokens."""
+
+    withdrawn: bool  # nobody wants its tokens any more
+    last_at: float  # when its last tokens came; 0 before any
+
+    def take(self, ids: Sequence[int], finish: int, now: float) -> None:
+        """Must not wait. From REFUSED on, `ids` holds [reason, retry-after in ms]."""
+        ...
+
+
+class StepStream(asyncio.Protocol):
+    """Reads GET /steps. `opened` tells the status, `closed` that no more will come."""
+
+    def __init__(self, request: bytes, deliver: Callable[[Frames], None]) -> None:
+        loop = asyncio.get_running_loop()
+        self.opened: asyncio.Future[int] = loop.create_future()
+        self.closed: asyncio.Future[None] = loop.create_future()
+        self.heard_at = time.monotonic()
+        self.transport: asyncio.Transport | None = None
+        self._request = request
+        self._deliver = deliver
+        self._parser = HttpResponseParser(self)
+        self._reader = FrameReader(FRAME_LIMIT_BYTES)
+        self._frames: Frames = []
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but name
+        self.transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+            if self._frames:
+                frames, self._frames = self._frames, []
+                self.heard_at = time.monotonic()  # whole frames count: bytes may be the endless middle of a bad one
+                self._deliver(frames)
+        except (
+            Exception
+        ) as error:  # not our protocol: the connection ends, and with it all requests, each with an error
+            logger.error("the step stream brought what is not a frame: %r", error)
+            self.close()
+
+    def on_headers_complete(self) -> None:
+        if not self.opened.done():
+            self.opened.set_result(self._parser.get_status_code())
+
+    def on_body(self, body: bytes) -> None:
+        if self._parser.get_status_code() == 200:
+            self._frames += self._reader.feed(body)
+
+    def on_message_complete(self) -> None:
+        self.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.opened.done():
+            self.opened.set_exception(ConnectionResetError("the worker closed the step stream"))
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+    def close(self) -> None:
+        if self.transport is not None:
+            self.transport.abort()
+
+
+class WorkerClient:
+    """Keeps the step stream open, for ever; submits, withdraws, deals."""
+
+    def __init__(
+        self,
+        path: str,
+        gateway: int,
+        learn: Callable[[WorkerInfo], Coroutine[Any, Any, None]],
+        *,
+        connections: int,
+        submit_seconds: float,
+    ) -> None:
+        self.gateway = gateway
+        self.connected = False
+        self.snapshot: Snapshot | None = None
+        self.snapshot_at = 0.0
+        self._path = path
+        self._learn = learn
+        self._pool = Pool(path, connections)
+        self._submit_seconds = submit_seconds
+        self._open: dict[int, Receiver] = {}
+        self._last_id = 0
+        self._withdrawals: set[asyncio.Task[None]] = set()
+
+    # --- requests
+
+    def next_id(self) -> int:
+        """Counts up from 1 and wraps within uint32, past requests that are still open."""
+        while True:
+            self._last_id = self._last_id % 0xFFFFFFFF + 1
+            if self._last_id not in self._open:
+                return self._last_id
+
+    async def submit(self, request: Request, receiver: Receiver) -> Decision:
+        """Raises ApiError (503) when the worker cannot be asked. Tokens may reach the receiver before this returns."""
+        if not self.connected:
+            raise unavailable("The model's worker is not there at the moment. Please retry.")
+        self._open[request.id] = receiver
+        try:
+            decision = await self._ask(request)
+        except BaseException:
+            self.withdraw(request.id)  # it may have been taken all the same
+            raise
+        if isinstance(decision, Refuse):
+            self._open.pop(request.id, None)
+        elif receiver.withdrawn and not receiver.last_at:  # our DELETE may have overtaken the request
+            self._spawn(self._delete(request.id))
+        return decision
+
+    async def _ask(self, request: Request) -> Decision:
+        try:
+            async with asyncio.timeout(self._submit_seconds):
+                status, body = await self._pool.exchange("POST", "/requests", request.encode())
+            if status == 200:
+                return decode_decision(body)
+            logger.error("the worker answered a request with status %d", status)
+        except TimeoutError:
+            logger.error("the worker did not decide within %g s", self._submit_seconds)
+        except (OSError, ValueError, TypeError) as error:
+            logger.error("the worker could not be asked: %r", error)
+        raise unavailable("The model's worker does not answer at the moment. Please retry.")
+
+    def withdraw(self, id: int) -> None:
+        """The client left, or has all it wanted: the worker forgets the request. Returns at once."""
+        receiver = self._open.pop(id, None)
+        if receiver is not None:
+            receiver.withdrawn = True
+            if self.connected:  # a worker that lost our step stream has forgotten our requests already
+                self._spawn(self._delete(id))
+
+    async def _delete(self, id: int) -> None:
+        try:
+            async with asyncio.timeout(self._submit_seconds):
+                await self._pool.exchange("DELETE", f"/requests/{self.gateway}/{id}")
+        except OSError as error:  # TimeoutError is one. The request then runs to its end, and nobody reads it
+            logger.warning("could not withdraw request %d: %r", id, error)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._withdrawals.add(task)
+        task.add_done_callback(self._withdrawals.discard)
+
+    # --- tokens
+
+    def deliver(self, frames: Frames) -> None:
+        """What one read brought. Raises ValueError on columns that do not fit together."""
+        steps = []
+        for frame in frames:
+            if isinstance(frame, StepFrame):
+                steps.append(frame)
+            elif frame["kind"] == "snapshot":
+                self.snapshot, self.snapshot_at = Snapshot.from_json(frame), time.monotonic()
+        if len(steps) > 1 and not any(map(has_failure, steps)):
+            steps = [merge(steps)]
+        for step in steps:
+            self._deal(step)
+
+    def _deal(self, step: StepFrame) -> None:
+        now, at, receivers = time.monotonic(), 0, self._open
+        tokens = step.tokens
+        for id, word in zip(step.ids, step.info, strict=True):
+            count = word & 0xFFFF
+            receiver = receivers.get(id)
+            if receiver is not None:
+                finish = word >> 16
+                if finish:
+                    del receivers[id]
+                try:
+                    receiver.take(tokens[at : at + count], finish, now)
+                except Exception:  # our own mistake must not reach the others of this step: this request ends
+                    logger.exception("delivering to request %d failed", id)
+                    self._give_up(id, receiver, now)
+            at += count
+        if at != len(tokens):
+            raise ValueError(UNFIT)
+
+    def _give_up(self, id: int, receiver: Receiver, now: float) -> None:
+        self.withdraw(id)
+        receiver.take(WORKER_FAILED, Finish.ERROR, now)
+
+    def _break(self) -> None:
+        """The step stream is gone: so are its requests, here and at the worker."""
+        self.connected = False
+        receivers, self._open = self._open, {}
+        now = time.monotonic()
+        for receiver in receivers.values():
+            receiver.withdrawn = True
+            receiver.take(WORKER_FAILED, Finish.ERROR, now)
+
+    # --- the connection
+
+    async def run(self) -> None:
+        backoff_seconds = FIRST_BACKOFF_SECONDS
+        while True:
+            try:
+                await self._follow()
+                backoff_seconds = FIRST_BACKOFF_SECONDS
+                logger.warning("the step stream broke")
+            except OSError as error:
+                logger.debug("no worker at its socket yet: %r", error)
+            except Exception:  # its word is of no use (tokenizer, template); no request is open, so ask again
+                logger.exception("the worker cannot be used")
+            await asyncio.sleep(backoff_seconds)
+            backoff_seconds = min(2 * backoff_seconds, LAST_BACKOFF_SECONDS)
+
+    async def _follow(self) -> None:
+        """From learning the model to the end of the step stream. Raises when it did not come to a stream."""
+        async with asyncio.timeout(CONNECT_SECONDS):
+            status, body = await self._pool.exchange("GET", "/model")
+        if status != 200:
+            raise ConnectionError(f"/model answered {status}")
+        await self._learn(WorkerInfo.decode(body))
+        stream = await self._open_stream()
+        try:
+            self.connected = True
+            while not stream.closed.done():
+                await asyncio.wait([stream.closed], timeout=1.0)
+                if time.monotonic() - stream.heard_at > SILENCE_SECONDS:
+                    logger.error("the worker has been silent for %g s", SILENCE_SECONDS)
+                    break
+        finally:
+            stream.close()
+            self._break()
+
+    async def _open_stream(self) -> StepStream:
+        request = f"GET /steps?gateway={self.gateway} HTTP/1.1\r\nhost: worker\r\n\r\n".encode()
+        async with asyncio.timeout(CONNECT_SECONDS):
+            _, stream = await asyncio.get_running_loop().create_unix_connection(
+                lambda: StepStream(request, self.deliver), self._path
+            )
+            try:
+                status = await stream.opened
+            except BaseException:
+                stream.close()
+                raise
+        if status != 200:
+            stream.close()
+            raise ConnectionError(f"/steps answered {status}")
+        return stream
+
+    def close(self) -> None:
+        self._pool.close()
+
+
+def has_failure(step: StepFrame) -> bool:
+    """Failing events keep a reason in the token column, so they must not be merged with tokens."""
+    return any(word >> 16 >= Finish.REFUSED for word in step.info)
+
+
+def merge(steps: Sequence[StepFrame]) -> StepFrame:
+    """Several steps as one: a lagging loop or a coalescing worker costs its readers one write."""
+    finishes: dict[int, int] = {}
+    tokens: dict[int, list[int]] = {}
+    for step in steps:
+        at = 0
+        for id, word in zip(step.ids, step.info, strict=True):
+            count = word & 0xFFFF
+            tokens.setdefault(id, []).extend(step.tokens[at : at + count])
+            finishes[id] = word >> 16
+            at += count
+        if at != len(step.tokens):
+            raise ValueError(UNFIT)
+    info = [len(tokens[id]) | finish << 16 for id, finish in finishes.items()]
+    return StepFrame(steps[-1].step, list(finishes), info, [token for new in tokens.values() for token in new])

@@ -1,0 +1,26 @@
+"""What a gateway process is told at its start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """Read once, passed down, never changed. Everything below the socket has a measured or reasoned default."""
+
+    worker_socket: str
+    version: str = "0"
+    body_limit_bytes: int = 8 << 20
+    bodies_limit_bytes: int = (
+        512 << 20
+    )  # all bodies held at once, from their first byte until the worker has the prompt
+    max_open_requests: int = 16384
+    max_prompts: int = 128  # in one call of /v1/completions
+    drain_seconds: float = 30.0
+    ping_seconds: float = 15.0
+    body_seconds: float = 30.0  # how long the next piece of a body may take
+    submit_seconds: float = 30.0  # how long the worker may take to decide
+    reader_backlog_bytes: int = 256 << 10  # what a slow reader may leave unread, beyond the socket's own buffers
+    reader_seconds: float = 60.0  # how long a reader may take nothing at all
+    worker_connections: int = 64

@@ -1,0 +1,219 @@
+"""Token ids to text, a delivery at a time: as the inside of a JSON string, which is what leaves the gateway.
+
+`Rendering.add` never emits a piece of a character, nor a piece of what may become a stop string. The concatenation of all
+it returned is the answer's text, streamed or not, so both are equal by construction.
+
+A character that is still open when the sequence ends is dropped: its missing bytes were never generated.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Sequence
+from typing import Protocol
+
+import orjson
+from tokenizers import Tokenizer
+
+WINDOW_LIMIT_TOKENS = 16  # no character has more tokens: what stays unreadable for so long is not text
+
+
+def escape(text: str) -> bytes:
+    """The inside of a JSON string."""
+    return orjson.dumps(text)[1:-1]
+
+
+class Characters(Protocol):
+    """Ids to whole characters."""
+
+    def add(self, ids: Sequence[int]) -> str: ...
+
+
+class Rendering(Protocol):
+    """Ids to escaped text."""
+
+    stopped: bool  # a stop string was found: nothing more will come
+    unused: int  # ids of the last `add` that came after the one that completed the stop string
+
+    def add(self, ids: Sequence[int]) -> bytes: ...
+
+    def end(self) -> bytes:
+        """What was held back and is text after all."""
+        ...
+
+
+# --- byte-level BPE: an id is a fixed run of bytes ------------------------------------------------------------------
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The characters that byte-level BPE writes for the 256 bytes."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def is_byte_level(tokenizer: Tokenizer) -> bool:
+    decoder = json.loads(tokenizer.to_str())["decoder"] or {}
+    parts = decoder.get("decoders", [decoder])
+    return bool(parts) and all(part.get("type") in ("ByteLevel", "Fuse") for part in parts)
+
+
+class ByteTable:
+    """Per id its bytes, and the same escaped where they are whole characters: one list lookup instead of a decoder.
+
+    Special tokens have no bytes. Measured: 0.2 µs per token, the tokenizer's own incremental decoder 1.4.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        alphabet = byte_alphabet()
+        special = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        self.raw = [b""] * (max(vocabulary.values()) + 1)
+        for token, id in vocabulary.items():
+            if id not in special:
+                try:
+                    self.raw[id] = bytes([alphabet[char] for char in token])
+                except KeyError:  # an added token in plain text
+                    self.raw[id] = token.encode()
+        self.escaped = [self._escape(raw) for raw in self.raw]
+
+    @staticmethod
+    def _escape(raw: bytes) -> bytes | None:
+        try:
+            return escape(raw.decode())
+        except UnicodeDecodeError:
+            return None
+
+    def bytes_of(self, ids: Sequence[int]) -> bytes:
+        """An id beyond the vocabulary (engines pad their logits) is no text."""
+        known = len(self.raw)
+        return b"".join([self.raw[id] for id in ids if id < known])
+
+
+class TableCharacters:
+    def __init__(self, table: ByteTable) -> None:
+        self._table = table
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, ids: Sequence[int]) -> str:
+        return self._decoder.decode(self._table.bytes_of(ids))
+
+
+class TableRendering:
+    """The fast path: no stop strings. The decoder exists only while a character is open."""
+
+    __slots__ = ("_decoder", "_table")
+    stopped = False
+    unused = 0
+
+    def __init__(self, table: ByteTable) -> None:
+        self._table = table
+        self._decoder: codecs.IncrementalDecoder | None = None
+
+    def add(self, ids: Sequence[int]) -> bytes:
+        if self._decoder is None:
+            escaped = self._whole(ids)
+            if escaped is not None:
+                return escaped
+            self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        text = self._decoder.decode(self._table.bytes_of(ids))
+        if not self._decoder.getstate()[0]:
+            self._decoder = None
+        return escape(text)
+
+    def _whole(self, ids: Sequence[int]) -> bytes | None:
+        table = self._table.escaped
+        try:
+            if len(ids) == 1:
+                return table[ids[0]]
+            parts = [table[id] for id in ids]
+        except IndexError:
+            return None
+        return None if None in parts else b"".join(parts)  # type: ignore[arg-type]
+
+    def end(self) -> bytes:
+        return b""
+
+
+# --- any other tokenizer --------------------------------------------------------------------------------------------
+
+
+class WindowCharacters:
+    """Decodes a sliding window of ids twice, with and without the new ones: the difference is what they say.
+
+    What a token says depends on its predecessor (SentencePiece drops the space in front of the first), so the window keeps
+    the last delivery that was emitted.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._emitted: list[int] = []
+        self._open: list[int] = []
+
+    def add(self, ids: Sequence[int]) -> str:
+        return "".join([self._step(id) for id in ids])
+
+    def _step(self, id: int) -> str:
+        self._open.append(id)
+        before = self._tokenizer.decode(self._emitted, skip_special_tokens=True)
+        after = self._tokenizer.decode(self._emitted + self._open, skip_special_tokens=True)
+        if len(after) <= len(before) or (after.endswith("\ufffd") and len(self._open) < WINDOW_LIMIT_TOKENS):
+            return ""
+        self._emitted, self._open = self._open, []
+        return after[len(before) :]
+
+
+# --- stop strings ---------------------------------------------------------------------------------------------------
+
+
+class StopFinder:
+    """Cuts text before the stop string that is complete first; holds back what may become one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._longest = max(map(len, self._stops), default=0)
+        self.held = ""
+        self.found = False
+
+    def feed(self, text: str) -> str:
+        text = self.held + text
+        ends = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
+        if ends:
+            self.found, self.held = True, ""
+            return text[: min(ends)[1]]
+        keep = self._may_become_a_stop(text)
+        self.held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def _may_become_a_stop(self, text: str) -> int:
+        """How many characters at the end begin a stop string."""
+        for length in range(min(self._longest - 1, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stops):
+                return length
+        return 0
+
+
+class StopRendering:
+    """Any source of characters, with stop strings. Goes id by id, to know which one completed the stop."""
+
+    def __init__(self, characters: Characters, stops: Sequence[str]) -> None:
+        self._characters = characters
+        self._finder = StopFinder(stops)
+        self.stopped = False
+        self.unused = 0
+
+    def add(self, ids: Sequence[int]) -> bytes:
+        shown = []
+        for position, id in enumerate(ids, 1):
+            text = self._characters.add((id,))
+            if text:
+                shown.append(self._finder.feed(text))
+                if self._finder.found:
+                    self.stopped = True
+                    self.unused = len(ids) - position
+                    break
+        return escape("".join(shown))
+
+    def end(self) -> bytes:
+        return escape(self._finder.held)
