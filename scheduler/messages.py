@@ -118,7 +118,7 @@ class Request:
                 stop_ids=frozenset(head["stop_ids"]),
                 ignore_eos=bool(head["ignore_eos"]),
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"not a request: {error!r}") from error
 
 
@@ -189,6 +189,9 @@ class TokenEvent(NamedTuple):
 # payload of the others is JSON padded with spaces to whole words.
 
 
+MOST_WORD = 0xFFFFFFFF
+
+
 class Frame(IntEnum):
     STEP = 0
     SNAPSHOT = 1
@@ -210,7 +213,8 @@ def encode_step(step: int, events: Sequence[TokenEvent]) -> bytes:
     tokens: list[int] = []
     for key, new, finish, reason, retry_after_seconds in events:
         if finish >= Finish.REFUSED:
-            new = [REASONS.index(reason or Reason.WORKER_FAILED), round(retry_after_seconds * 1000)]
+            retry_ms = round(min(retry_after_seconds * 1000, MOST_WORD))
+            new = [REASONS.index(reason or Reason.WORKER_FAILED), retry_ms]
         ids.append(key & 0xFFFFFFFF)
         info.append(len(new) | finish << 16)
         tokens += new
@@ -312,6 +316,9 @@ class WorkerInfo:
     engine: str  # native | simulated
     fingerprint: str
     coalesce_seconds: float = 0.0
+    temperature: float = 1.0  # this and the next two: how the model wants to be sampled where a client says nothing
+    top_p: float = 1.0
+    top_k: int = 0
 
     def encode(self) -> bytes:
         return json.dumps({"v": VERSION, **asdict(self)}).encode()

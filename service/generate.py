@@ -69,8 +69,14 @@ def requests_for(
 ) -> list[Request]:
     """One per prompt and its max_tokens."""
     seed = random.getrandbits(63) if body.seed is None else body.seed & SEED_MASK
-    sampling = Sampling(body.temperature, body.top_p, max(0, body.top_k), seed)
-    stop_ids = frozenset(() if body.ignore_eos else model.worker.eos_ids)
+    worker = model.worker
+    sampling = Sampling(
+        temperature=worker.temperature if body.temperature is None else body.temperature,
+        top_p=worker.top_p if body.top_p is None else body.top_p,
+        top_k=worker.top_k if body.top_k is None else max(0, body.top_k),
+        seed=seed,
+    )
+    stop_ids = frozenset(() if body.ignore_eos else worker.eos_ids)
     return [
         Request(
             id=model.client.next_id(),

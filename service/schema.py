@@ -119,9 +119,10 @@ class GenerateRequest(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
 
     model: Annotated[str, Field(min_length=1)]
-    temperature: Annotated[float, null_means(1.0), Field(ge=0, le=2)] = 1.0
-    top_p: Annotated[float, null_means(1.0), Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, null_means(0), Field(ge=-1, le=0x7FFFFFFF)] = 0  # 0 and -1: off
+    # where the client says nothing, the model's own defaults hold
+    temperature: Annotated[float | None, Field(ge=0, le=2)] = None
+    top_p: Annotated[float | None, Field(gt=0, le=1)] = None
+    top_k: Annotated[int | None, Field(ge=-1, le=0x7FFFFFFF)] = None  # 0 and -1: off
     seed: int | None = None
     stop: Annotated[tuple[str, ...], BeforeValidator(stop_strings)] = ()
     stream: Annotated[bool, null_means(False)] = False

@@ -113,6 +113,9 @@ def _assemble(
         engine=config.engine,
         fingerprint=f"hg-{config.engine}-{files.digest[:8]}",
         coalesce_seconds=min(COALESCE_SECONDS, strictest / 2),
+        temperature=files.temperature,
+        top_p=files.top_p,
+        top_k=files.top_k,
     )
     return Built(engine, gate, info, cost.device.flops_per_second)
 

@@ -50,12 +50,15 @@ def _from_hub(name: str) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFiles:
-    """A tokenizer as its files say it, and the ids that end a sequence."""
+    """A tokenizer as its files say it, the ids that end a sequence, and how the model wants to be sampled."""
 
     tokenizer_json: str
     chat_template: str | None
     special_tokens: dict[str, str]
     eos_ids: tuple[int, ...]
+    temperature: float
+    top_p: float
+    top_k: int
 
     @property
     def digest(self) -> str:
@@ -69,8 +72,15 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
     if not path.is_file():
         raise ModelNotFound(f"{folder} has no tokenizer.json; only fast tokenizers are supported")
     settings = _read_json(folder / "tokenizer_config.json")
+    generation = _read_json(folder / "generation_config.json")
     return TokenizerFiles(
-        path.read_text("utf-8"), _chat_template(folder, settings), _special_tokens(settings), _eos_ids(folder)
+        tokenizer_json=path.read_text("utf-8"),
+        chat_template=_chat_template(folder, settings),
+        special_tokens=_special_tokens(settings),
+        eos_ids=_eos_ids(generation, read_config(folder)),
+        temperature=float(generation.get("temperature") or 1.0),
+        top_p=float(generation.get("top_p") or 1.0),
+        top_k=int(generation.get("top_k") or 0),
     )
 
 
@@ -100,9 +110,10 @@ def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:
     return tokens
 
 
-def _eos_ids(folder: Path) -> tuple[int, ...]:
-    for file in ("generation_config.json", "config.json"):
-        ids = _read_json(folder / file).get("eos_token_id")
+def _eos_ids(*configs: dict[str, Any]) -> tuple[int, ...]:
+    """From the first that names any."""
+    for config in configs:
+        ids = config.get("eos_token_id")
         if ids is not None:
             return tuple(ids) if isinstance(ids, list) else (int(ids),)
     return ()

@@ -217,6 +217,16 @@ def test_sampling_reaches_the_worker(gateway, worker_info):
     assert request.stop_ids == frozenset()
 
 
+def test_model_is_sampled_as_it_wants_where_the_client_says_nothing(gateways):
+    gateway = gateways(info={"temperature": 0.6, "top_p": 0.9, "top_k": 40})
+    gateway.post()
+    sampling = gateway.worker.next_request().sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.6, 0.9, 40)
+    gateway.post(temperature=0, top_p=1, top_k=0)
+    sampling = gateway.worker.next_request().sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0, 1, 0)
+
+
 def test_model_without_a_template_says_so(gateways):
     gateway = gateways(info={"chat_template": None})
     error = gateway.post().json()["error"]
