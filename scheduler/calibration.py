@@ -7,6 +7,7 @@ Fitted once at start from a sweep of timed steps, then corrected slowly while se
 from __future__ import annotations
 
 import math
+import statistics
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,8 @@ MARGIN_STEPS = 512
 MARGIN_QUANTILE = 0.95
 MARGIN_EVERY = 32  # steps between two looks at the quantile
 OUTLIER = math.log(4)  # a step this far off was interrupted: it counts for the error, not for the correction
+JUMP_STEPS = 8  # this many steps in a row, all off to the same side by JUMP and more: the machine has changed
+JUMP = math.log(1.15)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,7 @@ class CostModel:
         self._log_gain = 0.0
         self._log_cells: dict[tuple[int, int], float] = {}
         self._errors: deque[float] = deque(maxlen=MARGIN_STEPS)
+        self._last_errors: deque[float] = deque(maxlen=JUMP_STEPS)
 
     def prime(self, timings: Sequence[Timing]) -> None:
         """Takes the sweep's remaining errors as the first corrections, and their mean as the first margin."""
@@ -85,7 +89,16 @@ class CostModel:
             cell = _cell(work, self.shape)
             log_cell = self._log_cells.get(cell, 0.0) + CELL_RATE * error
             self._log_cells[cell] = min(CELL_CLIP, max(-CELL_CLIP, log_cell))
+        self._jump_if_changed(error)
         return error
+
+    def _jump_if_changed(self, error: float) -> None:
+        """Another process takes half the machine: the slow corrections would be long in coming."""
+        last = self._last_errors
+        last.append(error)
+        if len(last) == JUMP_STEPS and (min(last) > JUMP or max(last) < -JUMP):
+            self._log_gain += statistics.median(last)
+            last.clear()
 
     def _measured_margin(self) -> float:
         quantile = float(np.quantile(self._errors, MARGIN_QUANTILE))

@@ -11,6 +11,8 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import takewhile
 
 from scheduler import admission
 from scheduler.admission import FLOOR_SHARE, MIN_CHUNK, Drain, Load, keeps_floors
@@ -32,7 +34,7 @@ from scheduler.messages import (
     Wait,
 )
 from scheduler.model import ModelShape
-from scheduler.roofline import CAUSES, StepWork, limit_seconds, step_bytes, step_flops
+from scheduler.roofline import CAUSES, StepWork, decode_work, limit_seconds, step_bytes, step_flops
 from scheduler.tiers import Tier
 
 RIDGE_SHARE = 1.3  # tokens per step, as a multiple of the ridge, that prefill fills a step up to
@@ -58,6 +60,7 @@ class Limits:
 class Sequence:
     """A running request. `computed` tokens of it are in the KV cache; `generated` ones are known."""
 
+    key: int
     request: Request
     tier: Tier
     order: int
@@ -77,7 +80,8 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        return self.computed == self.known - 1 and bool(self.generated)
+        generated = len(self.generated)
+        return generated > 0 and self.computed == self.prompt_tokens + generated - 1
 
     @property
     def uncached_prefill(self) -> int:
@@ -138,21 +142,56 @@ class Flight:
     """The step that is being computed."""
 
     entries: tuple[Entry, ...]
+    sequences: tuple[Sequence, ...]  # whose they are: a key may be cancelled and come back while the step runs
     work: StepWork
     predicted_seconds: float
     safe_seconds: float
     budget_seconds: float
 
 
-@dataclass(frozen=True, slots=True)
 class Outlook:
-    """What the running sequences mean for those who come; valid until they change."""
+    """What the running sequences mean for those who come: each part is computed when asked for; valid until they change."""
 
-    load: Load
-    decode_work: StepWork  # of a step with everybody who decodes now
-    drain: Drain
-    prefill_tokens: dict[int, int]  # rank -> prompt tokens that running sequences still have to compute
-    room: dict[str, int] = field(default_factory=dict)  # tier -> places that its floor leaves
+    def __init__(self, running: dict[int, Sequence], ledger: Ledger, cost: CostModel, history: LengthHistory) -> None:
+        self._running = running
+        self._ledger = ledger
+        self._cost = cost
+        self._history = history
+        self.room: dict[tuple[str, float], int] = {}  # (tier, footprint) -> places that the floors leave
+
+    @cached_property
+    def load(self) -> Load:
+        promised = [s for s in self._running.values() if s.tier.floor_utps]
+        held = sum(self._ledger.held_bytes(s.key) for s in promised)
+        return Load(len(promised), held, min((s.tier.gap_seconds for s in promised), default=math.inf))
+
+    @cached_property
+    def decode_work(self) -> StepWork:
+        """Of a step with everybody who decodes now; of one short sequence where nobody does."""
+        decoding = [s for s in self._running.values() if s.is_decoding]
+        return _add_decodes(self._cost.shape, NO_WORK, decoding) if decoding else StepWork(1, 1, 0.0, 0.0, 0.0)
+
+    @cached_property
+    def drain(self) -> Drain:
+        step = self._cost.seconds(self.decode_work)
+        return Drain(
+            (step * max(1, self._expected_output(s) - len(s.generated)), self._ledger.held_bytes(s.key))
+            for s in self._running.values()
+        )
+
+    @cached_property
+    def prefill_tokens(self) -> dict[int, int]:
+        """By rank: prompt tokens that running sequences still have to compute."""
+        tokens: dict[int, int] = {}
+        for sequence in self._running.values():
+            rank = sequence.tier.rank
+            tokens[rank] = tokens.get(rank, 0) + sequence.uncached_prefill
+        return tokens
+
+    def _expected_output(self, sequence: Sequence) -> int:
+        """Output tokens at its end: the mean of the history, and for those who outlived it half as much again."""
+        expected = self._history.expected_tokens(sequence.request)
+        return min(sequence.request.max_tokens, max(expected, len(sequence.generated) * 3 // 2))
 
 
 class Gate:
@@ -249,13 +288,13 @@ class Gate:
         refused = self._refuse_late(now)
         self._admit_waiting(now)
         self._make_room_to_grow()
-        entries, work, budget = self._fill_step(now)
+        entries, sequences, work, budget = self._fill_step(now)
         start, self._start = tuple(self._start), []
         stop, self._stop = tuple(self._stop), []
         if entries:
             predicted = self.cost.seconds(work)
             safe = predicted * (1 + self.cost.margin)
-            self._flight = Flight(tuple(entries), work, predicted, safe, budget)
+            self._flight = Flight(tuple(entries), tuple(sequences), work, predicted, safe, budget)
         return StepPlan(tuple(entries), start, stop, tuple(refused))
 
     def observe(self, tokens: dict[int, list[int]], seconds: float, host_seconds: float, now: float) -> StepOutcome:
@@ -272,14 +311,14 @@ class Gate:
         slow = measured > flight.safe_seconds
         events = []
         delivered = 0
-        for entry in flight.entries:
-            sequence = self.running.get(entry.key)
-            if sequence is None or sequence.computed != entry.position:
+        token_seconds = seconds / flight.work.query_tokens
+        for (key, _, _, query_tokens, delivers), sequence in zip(flight.entries, flight.sequences, strict=True):
+            if self.running.get(key) is not sequence:
                 continue  # cancelled (and perhaps come back) while the step ran
-            self.account.charge(sequence.request.tenant, seconds * entry.query_tokens / flight.work.query_tokens)
-            sequence.computed += entry.query_tokens
-            if entry.delivers:
-                event = self._deliver(sequence, tokens.get(entry.key, []), now, slow)
+            self.account.charge(sequence.request.tenant, token_seconds * query_tokens)
+            sequence.computed += query_tokens
+            if delivers:
+                event = self._deliver(sequence, tokens.get(key, []), now, slow)
                 delivered += len(event.tokens)
                 events.append(event)
         report = self._report(flight, seconds, host_seconds, delivered)
@@ -304,26 +343,35 @@ class Gate:
 
     # --- filling a step -----------------------------------------------------------------------------------------------
 
-    def _fill_step(self, now: float) -> tuple[list[Entry], StepWork, float]:
-        promised = [s for s in self.running.values() if s.is_decoding and s.tier.floor_utps]
-        best_effort = [s for s in self.running.values() if s.is_decoding and not s.tier.floor_utps]
-        prefilling = sorted(
-            (s for s in self.running.values() if not s.is_decoding), key=lambda s: (s.tier.rank, s.order)
-        )
+    def _fill_step(self, now: float) -> tuple[list[Entry], list[Sequence], StepWork, float]:
+        promised, best_effort, prefilling = self._sort_running()
         gap = min((s.tier.gap_seconds for s in promised), default=math.inf)
         budget = FLOOR_SHARE * gap
-        entries = [_decode_entry(s) for s in promised]
         work = _add_decodes(self.shape, NO_WORK, promised)
-        reserve = MIN_CHUNK if prefilling else 0
-        taken = self._best_effort(best_effort, work, budget, reserve)
-        entries += [_decode_entry(s) for s in taken]
+        taken = self._best_effort(best_effort, work, budget, MIN_CHUNK if prefilling else 0)
         work = _add_decodes(self.shape, work, taken)
+        sequences = promised + taken
+        entries = [Entry(s.key, Kind.DECODE, s.computed, 1, True) for s in sequences]
         if prefilling:
-            tokens = self._chunk_tokens(prefilling, work, budget, now)
-            for entry in _deal(prefilling, tokens):
+            for entry in _deal(prefilling, self._chunk_tokens(prefilling, work, budget, now)):
                 entries.append(entry)
+                sequences.append(self.running[entry.key])
                 work = work.plus_chunk(self.shape, entry.position, entry.query_tokens, entry.delivers)
-        return entries, work, budget
+        return entries, sequences, work, budget
+
+    def _sort_running(self) -> tuple[list[Sequence], list[Sequence], list[Sequence]]:
+        """Those who decode with a floor, those who decode without one, and those who prefill, first come first."""
+        promised: list[Sequence] = []
+        best_effort: list[Sequence] = []
+        prefilling: list[Sequence] = []
+        for sequence in self.running.values():
+            if not sequence.is_decoding:
+                prefilling.append(sequence)
+            elif sequence.tier.floor_utps:
+                promised.append(sequence)
+            else:
+                best_effort.append(sequence)
+        return promised, best_effort, sorted(prefilling, key=lambda s: (s.tier.rank, s.order))
 
     def _best_effort(self, sequences: list[Sequence], work: StepWork, budget: float, reserve: int) -> list[Sequence]:
         """As many sequences without a floor as the budget leaves room for, taking turns."""
@@ -364,16 +412,17 @@ class Gate:
 
     def _make_room_to_grow(self) -> None:
         """A sequence that outlives its prediction reserves more; where that does not fit, somebody gives way."""
-        for sequence in list(self.running.values()):
-            key = sequence.request.key
-            if key not in self.running or len(sequence.generated) < sequence.reserved_output:
-                continue
+        for sequence in [s for s in self.running.values() if len(s.generated) >= s.reserved_output]:
+            key = sequence.key
+            if key not in self.running:
+                continue  # it gave way to another
             sequence.reserved_output = grown(sequence.reserved_output, sequence.request.max_tokens)
             needed = self._bytes(sequence.prompt_tokens + sequence.reserved_output)
             while key in self.running and not self.ledger.can_grow(key, needed):
                 self._preempt(max(self.running.values(), key=lambda s: (s.tier.rank, s.order)))
             if key in self.running:
                 self.ledger.grow(key, needed)
+                self._outlook = None
 
     def _preempt(self, sequence: Sequence) -> None:
         """The last rung: drops the KV of a sequence and queues it for recomputation, before all others of its tier.
@@ -381,6 +430,7 @@ class Gate:
         On a CPU host memory is the same memory, so there is nowhere to move it to.
         """
         self.preemptions += 1
+        sequence.restarts += 1
         request, output = sequence.request, sequence.reserved_output
         self._remove(sequence)
         sequence.computed = 0
@@ -390,7 +440,7 @@ class Gate:
 
     def _remove(self, sequence: Sequence) -> None:
         """Out of the running ones: its KV is free from the next plan on."""
-        key = sequence.request.key
+        key = sequence.key
         del self.running[key]
         self.ledger.release(key)
         self._outlook = None
@@ -423,19 +473,11 @@ class Gate:
             return Reason.TIME_BUDGET
         return None
 
-    def _load(self) -> Load:
-        count, held, gap = 0, 0.0, math.inf
-        for key, sequence in self.running.items():
-            if sequence.tier.floor_utps:
-                count += 1
-                held += self.ledger.held_bytes(key)
-                gap = min(gap, sequence.tier.gap_seconds)
-        return Load(count, held, gap)
-
     def _admit(self, waiting: Waiting, now: float) -> None:
         request, sequence = waiting.request, waiting.sequence
         if sequence is None:
             sequence = Sequence(
+                request.key,
                 request,
                 waiting.tier,
                 waiting.order,
@@ -465,16 +507,20 @@ class Gate:
 
     def _refuse_late(self, now: float) -> list[TokenEvent]:
         """Those who have waited longer than their tier allows. Within a tenant's queue the first has waited longest."""
+
+        def is_late(waiting: Waiting) -> bool:
+            return now - waiting.arrived_at > waiting.tier.max_wait_seconds
+
         refused = []
         for queues in self._queues.values():
             for queue in list(queues.values()):
-                while queue and now - (first := self.waiting[queue[0]]).arrived_at > first.tier.max_wait_seconds:
-                    if first.sequence is not None:
-                        break  # it has started once, and is owed its answer
-                    retry = max(1.0, self._predicted_wait(first))
-                    self._end_waiting(self._dequeue(first.request.key), Finish.REFUSED, now)
+                for waiting in list(takewhile(is_late, map(self.waiting.__getitem__, queue))):
+                    if waiting.sequence is not None:
+                        continue  # it has started once, and is owed its answer
+                    retry = max(1.0, self._predicted_wait(waiting))
+                    self._end_waiting(self._dequeue(waiting.request.key), Finish.REFUSED, now)
                     reason = Reason.TTFT_UNREACHABLE
-                    refused.append(TokenEvent(first.request.key, (), Finish.REFUSED, reason, retry))
+                    refused.append(TokenEvent(waiting.request.key, (), Finish.REFUSED, reason, retry))
         return refused
 
     def _enqueue(self, waiting: Waiting, first: bool = False) -> None:
@@ -523,34 +569,19 @@ class Gate:
         if not candidate.tier.floor_utps:
             return places
         outlook = self._outlook_now()
-        free = outlook.room.get(candidate.tier.name)
+        kind = candidate.tier.name, candidate.footprint_bytes
+        free = outlook.room.get(kind)
         if free is None:
             load = replace(outlook.load, gap_seconds=min(outlook.load.gap_seconds, candidate.tier.gap_seconds))
             free = admission.room(self.cost, load, candidate.footprint_bytes)
-            outlook.room[candidate.tier.name] = free
+            outlook.room[kind] = free
         return min(places, free if outlook.load.sequences else max(1, free))
 
     def _outlook_now(self) -> Outlook:
         """What follows from the running sequences as they are; a burst of arrivals computes it once."""
         if self._outlook is None:
-            decoding = [s for s in self.running.values() if s.is_decoding]
-            work = _add_decodes(self.shape, NO_WORK, decoding) if decoding else StepWork(1, 1, 0.0, 0.0, 0.0)
-            step = self.cost.seconds(work)
-            endings = [
-                (step * max(1, self._expected_output(s) - len(s.generated)), self.ledger.held_bytes(key))
-                for key, s in self.running.items()
-            ]
-            prefill: dict[int, int] = {}
-            for sequence in self.running.values():
-                rank = sequence.tier.rank
-                prefill[rank] = prefill.get(rank, 0) + sequence.uncached_prefill
-            self._outlook = Outlook(self._load(), work, Drain(endings), prefill)
+            self._outlook = Outlook(self.running, self.ledger, self.cost, self.history)
         return self._outlook
-
-    def _expected_output(self, sequence: Sequence) -> int:
-        """Output tokens at its end: the mean of the history, and for those who outlived it half as much again."""
-        expected = self.history.expected_tokens(sequence.request)
-        return min(sequence.request.max_tokens, max(expected, len(sequence.generated) * 3 // 2))
 
     def _prefill_seconds(self, rank: int) -> float:
         """Time to compute the prompts that are ahead of a request of this rank."""
@@ -570,21 +601,17 @@ class Gate:
         request = sequence.request
         sequence.first_at = sequence.first_at or now
         sequence.last_at = now
-        finish = Finish.RUNNING
-        taken: list[int] = []
-        for token in tokens:
-            taken.append(token)
-            if token in request.stop_ids:
-                finish = Finish.STOP
-                break
-            if len(sequence.generated) + len(taken) >= request.max_tokens:
-                finish = Finish.LENGTH
-                break
+        left = request.max_tokens - len(sequence.generated)
+        taken = tokens[:left]
+        finish = Finish.LENGTH if len(taken) == left else Finish.RUNNING
+        if not request.stop_ids.isdisjoint(taken):
+            taken = taken[: 1 + next(at for at, token in enumerate(taken) if token in request.stop_ids)]
+            finish = Finish.STOP
         sequence.generated += taken
         if finish:
             self.history.record(request, len(sequence.generated))
             self._end(sequence, finish, slow)
-        return TokenEvent(request.key, taken, finish)
+        return TokenEvent(sequence.key, taken, finish)
 
     def _end(self, sequence: Sequence, finish: Finish, slow: bool = False) -> None:
         self._remove(sequence)
@@ -673,19 +700,15 @@ def _most_tokens(shape: ModelShape, capacity_bytes: float, limits: Limits) -> in
     return min(limits.context_tokens, blocks * block)
 
 
-def _decode_entry(sequence: Sequence) -> Entry:
-    return Entry(sequence.request.key, Kind.DECODE, sequence.computed, 1, True)
-
-
 def _add_decodes(shape: ModelShape, work: StepWork, sequences: list[Sequence]) -> StepWork:
     """This work and one decoded token for each of the sequences."""
-    contexts = [s.computed + 1 for s in sequences]
+    more = decode_work(shape, len(sequences), shape.kv_bytes_of_all([s.computed + 1 for s in sequences]))
     return StepWork(
-        work.sequences + len(contexts),
-        work.query_tokens + len(contexts),
-        work.kv_read_bytes + shape.kv_bytes_of_all(contexts),
-        work.kv_write_bytes + len(contexts) * shape.kv_bytes(1),
-        work.attention_flops + shape.attention_flops(1, 0) * 2 * sum(contexts),
+        work.sequences + more.sequences,
+        work.query_tokens + more.query_tokens,
+        work.kv_read_bytes + more.kv_read_bytes,
+        work.kv_write_bytes + more.kv_write_bytes,
+        work.attention_flops + more.attention_flops,
     )
 
 
@@ -697,7 +720,7 @@ def _deal(prefilling: list[Sequence], tokens: int) -> list[Entry]:
             break
         piece = min(tokens, sequence.uncached_prefill)
         delivers = piece == sequence.uncached_prefill
-        entries.append(Entry(sequence.request.key, Kind.PREFILL, sequence.computed, piece, delivers))
+        entries.append(Entry(sequence.key, Kind.PREFILL, sequence.computed, piece, delivers))
         tokens -= piece
     return entries
 

@@ -89,6 +89,9 @@ CATALOGUE: dict[str, Device] = {
 }
 
 
+ABOVE_ZERO = ("flops_per_second", "weight_share", "kv_share", "flops_share", "attention_share")
+
+
 def device_from_json(text: str) -> Device:
     """A device of one's own, from JSON with the fields of `Device`. Raises ValueError with the field that is wrong.
 
@@ -98,10 +101,13 @@ def device_from_json(text: str) -> Device:
         data: dict[str, Any] = json.loads(text)
         levels = tuple(MemoryLevel(**level) for level in data.pop("levels"))
         device = Device(levels=levels, **{"host_seconds": 0.0, **data})
+        above_zero = {name: getattr(device, name) > 0 for name in ABOVE_ZERO}
+        are_levels_sane = all(level.bytes_per_second > 0 and level.capacity_bytes > 0 for level in levels)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"not a device description: {error}") from error
-    if not levels or any(level.bytes_per_second <= 0 or level.capacity_bytes <= 0 for level in levels):
+    if not levels or not are_levels_sane:
         raise ValueError("not a device description: every memory level needs a capacity and a bandwidth above 0")
-    if device.flops_per_second <= 0:
-        raise ValueError("not a device description: flops_per_second must be above 0")
+    if not all(above_zero.values()):
+        wrong = ", ".join(name for name, is_above in above_zero.items() if not is_above)
+        raise ValueError(f"not a device description: {wrong} must be above 0")
     return replace(device, levels=tuple(sorted(levels, key=lambda level: level.capacity_bytes)))

@@ -85,8 +85,16 @@ class ModelShape:
         return 2.0 * (self.layers * active * tokens + self.head_parameters * sampled)
 
     def attention_flops(self, query_tokens: int, position: int) -> float:
-        """Scores and weighted sum of a chunk that starts at `position`: 4·h_q·layers·c·(x + c/2)."""
-        return 4.0 * self.heads * self.head_dim * self.layers * query_tokens * (position + query_tokens / 2)
+        """Scores and weighted sum of a chunk that starts at `position`: 4·h_q·layers·c·(x + c/2), less beyond a window."""
+        pairs = 0.0  # of a query and a token it looks at, over all layers
+        for group in self.layer_groups:
+            rising = query_tokens if not group.window else min(query_tokens, max(0, group.window - position))
+            pairs += group.layers * (rising * (position + rising / 2) + (query_tokens - rising) * group.window)
+        return 4.0 * self.heads * self.head_dim * pairs
+
+    def decode_attention_flops(self, kv_bytes: float) -> float:
+        """Of sequences that compute one token each and read `kv_bytes` of KV cache in all."""
+        return 4.0 * self.heads * self.head_dim * kv_bytes / self.kv_bytes_per_layer_token
 
     # --- KV cache -----------------------------------------------------------------------------------------------------
 
@@ -96,8 +104,10 @@ class ModelShape:
 
     def kv_bytes(self, tokens: int) -> float:
         """KV cache of a sequence of `tokens` tokens, over all layers; what a decode step reads of it, too."""
+        if not self.groups:
+            return self.layers * self.kv_bytes_per_layer_token * tokens
         return self.kv_bytes_per_layer_token * sum(
-            group.layers * (min(tokens, group.window) if group.window else tokens) for group in self.layer_groups
+            group.layers * (min(tokens, group.window) if group.window else tokens) for group in self.groups
         )
 
     def kv_bytes_of_all(self, contexts: list[int]) -> float:

@@ -56,8 +56,7 @@ def step_work(shape: ModelShape, entries: Iterable[Entry]) -> StepWork:
 
 def decode_work(shape: ModelShape, sequences: int, kv_bytes: float) -> StepWork:
     """A step that decodes one token for each of `sequences` sequences, which hold `kv_bytes` in all."""
-    context_tokens = kv_bytes / max(1.0, shape.kv_bytes(1))
-    flops = 4.0 * shape.heads * shape.head_dim * shape.layers * context_tokens
+    flops = shape.decode_attention_flops(kv_bytes)
     return StepWork(sequences, sequences, kv_bytes, sequences * shape.kv_bytes(1), flops)
 
 
