@@ -265,11 +265,17 @@ class FrameReader:
 
 def decode_frame(body: bytes) -> StepFrame | dict[str, Any]:
     """A frame without its length word: the columns of a step, or the JSON of any other kind (`kind` is its name)."""
+    if len(body) < 4:
+        raise ValueError("a frame without a kind")
     kind = int.from_bytes(body[:4], "little")
     if kind == Frame.STEP:
         words = memoryview(body).cast("I").tolist()
+        if len(words) < 3:
+            raise ValueError("a step frame without its columns")
         n = words[2]
         return StepFrame(words[1], words[3 : 3 + n], words[3 + n : 3 + 2 * n], words[3 + 2 * n :])
+    if kind not in set(Frame):
+        return {"kind": "unknown"}  # of a newer neighbour
     data: dict[str, Any] = json.loads(body[4:])
     return {"kind": Frame(kind).name.lower(), **data}
 

@@ -42,6 +42,9 @@ class StepWork:
         )
 
 
+NO_WORK = StepWork(0, 0, 0.0, 0.0, 0.0)
+
+
 def step_work(shape: ModelShape, entries: Iterable[Entry]) -> StepWork:
     sequences = query_tokens = 0
     read = written = flops = 0.0

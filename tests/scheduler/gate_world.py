@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from scheduler.admission import MIN_CHUNK
 from scheduler.batch import Kind, StepPlan
 from scheduler.calibration import CostModel
-from scheduler.gate import Ended, Gate, Limits, StepOutcome
+from scheduler.gate import Gate, Limits, StepOutcome
 from scheduler.hardware import CATALOGUE, Device
 from scheduler.messages import Accept, Decision, Finish, Refuse, Request, TokenEvent, Wait
 from scheduler.model import SHAPES, LayerGroup, ModelShape
 from scheduler.roofline import StepWork, step_cost, step_work
+from scheduler.sequence import Ended
 from scheduler.tiers import Tier, default_tiers
 
 SMALL = SHAPES["smollm2-135m"]
@@ -209,7 +210,7 @@ class World:
         assert ledger.reserved_bytes <= ledger.capacity_bytes
         assert len(gate.running) <= self.limits.sequences
         assert len(gate.waiting) <= self.limits.waiting or gate.preemptions
-        assert not gate.running.keys() & gate.waiting.keys()
+        assert gate.running.keys().isdisjoint(gate.waiting)
 
     def check_memory(self) -> None:
         """What the engine holds, in whole blocks, is covered sequence by sequence."""
@@ -255,7 +256,9 @@ class World:
         assert Counter(ended.finish for ended in self.ended) == finishes
         assert not gate.has_work and not gate.running and not gate.waiting
         assert gate.ledger.reserved_bytes == 0 and not self.engine.sequences
-        assert not any(queues for queues in gate._queues.values())
-        assert all((queued.count, queued.kv_bytes, queued.tokens) == (0, 0.0, 0) for queued in gate._queued.values())
+        assert not any(queues for queues in gate.waiting._queues.values())
+        assert all(
+            (queued.count, queued.kv_bytes, queued.tokens) == (0, 0.0, 0) for queued in gate.waiting._queued.values()
+        )
         assert not gate.account._active and not gate.account._seconds
         assert not gate._start and not gate._stop and not gate._ended and gate._flight is None

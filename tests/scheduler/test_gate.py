@@ -96,7 +96,7 @@ def test_ten_thousand_at_once_stay_within_the_bounds_of_the_waiting_list() -> No
     decisions = [world.gate.arrive(make_request(n, 50 + n % 50, 100, tenant=f"t{n}"), 0.0) for n in range(10_000)]
     kinds = [type(decision) for decision in decisions]
     full = [decision for decision in decisions if isinstance(decision, Refuse)]
-    waiting_tokens = sum(len(waiting.request.prompt) for waiting in world.gate.waiting.values())
+    waiting_tokens = sum(len(world.gate.waiting[key].request.prompt) for key in world.gate.waiting)
     assert kinds.count(Accept) == len(world.gate.running) <= 256
     assert kinds.count(Wait) == len(world.gate.waiting) <= 2000
     assert 99_900 <= waiting_tokens <= 100_000
@@ -470,20 +470,20 @@ def test_a_preempted_request_starts_again_before_others_of_its_tenant() -> None:
         world.arrive(make_request(number, 40, 300))
     while not world.gate.preemptions:
         world.step()
-    preempted = next(key for key, waiting in world.gate.waiting.items() if waiting.sequence is not None)
-    others = {key for key, waiting in world.gate.waiting.items() if waiting.sequence is None}
+    preempted = next(key for key in world.gate.waiting if world.gate.waiting[key].sequence is not None)
+    others = {key for key in world.gate.waiting if world.gate.waiting[key].sequence is None}
     assert others
     while preempted in world.gate.waiting:
         world.step()
         if preempted in world.gate.waiting:
-            assert others <= world.gate.waiting.keys()
+            assert others <= set(world.gate.waiting)
 
 
 def test_a_preempted_request_can_be_cancelled_while_it_waits() -> None:
     world = overgrown_world()
     while not world.gate.preemptions:
         world.step()
-    key = next(key for key, waiting in world.gate.waiting.items() if waiting.sequence is not None)
+    key = next(key for key in world.gate.waiting if world.gate.waiting[key].sequence is not None)
     assert world.cancel(key)
     world.run()
     world.check_nothing_is_left()
@@ -568,3 +568,26 @@ def test_what_the_gate_remembers_does_not_grow_with_the_number_of_requests() -> 
     gate = world.gate
     assert not gate.running and not gate.waiting and not gate.account._seconds
     assert len(gate.history._groups) <= 256 and len(gate.cost._errors) <= 512 and len(gate.cost._log_cells) < 500
+
+
+def test_an_engine_that_delivers_nothing_ends_the_request_with_an_error() -> None:
+    world = small_world()
+    request = make_request(1, 20, 10)
+    world.gate.arrive(request, 0.0)
+    world.gate.plan(0.0)
+    outcome = world.gate.observe({}, 0.01, 0.0, 0.01)
+    assert outcome.events == [TokenEvent(request.key, (), Finish.ERROR, Reason.WORKER_FAILED)]
+    assert not world.gate.running and world.gate.ledger.reserved_bytes == 0
+
+
+def test_a_tenant_with_long_contexts_is_charged_for_reading_them() -> None:
+    world = World(H100, LLAMA, 400_000)
+    for number, tenant, prompt in ((1, "short", 16), (2, "long", 100_000)):
+        world.arrive(make_request(number, prompt, 50, tenant=tenant))
+    while not all(sequence.is_decoding for sequence in world.gate.running.values()):
+        world.step()
+    before = {tenant: world.gate.account.used_seconds(tenant) for tenant in ("short", "long")}
+    for _ in range(10):
+        world.step()
+    used = {tenant: world.gate.account.used_seconds(tenant) - before[tenant] for tenant in before}
+    assert used["long"] > 1.5 * used["short"]

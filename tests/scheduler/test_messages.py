@@ -244,3 +244,16 @@ def test_what_a_worker_says_of_itself_comes_back() -> None:
     )
     assert WorkerInfo.decode(info.encode()) == info
     assert WorkerInfo.decode(json.dumps({**json.loads(info.encode()), "unknown": 1}).encode()) == info
+
+
+def test_a_kind_of_frame_that_a_newer_neighbour_sends_is_passed_over() -> None:
+    unknown = (2).to_bytes(4, "little") + (77).to_bytes(4, "little") + b"abcd"
+    step = encode_step(1, [TokenEvent(1, [2])])
+    assert FrameReader().feed(unknown + step) == [{"kind": "unknown"}, StepFrame(1, [1], [1], [2])]
+
+
+@pytest.mark.parametrize("words_after_the_length", [(), (0,), (0, 1)])
+def test_a_frame_without_its_columns_is_a_value_error(words_after_the_length: tuple[int, ...]) -> None:
+    frame = b"".join(word.to_bytes(4, "little") for word in (len(words_after_the_length), *words_after_the_length))
+    with pytest.raises(ValueError, match="frame"):
+        FrameReader().feed(frame)
