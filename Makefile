@@ -24,7 +24,7 @@ format: .venv/dev.stamp
 	@$(BIN)/ruff format .
 
 bench: .venv/dev.stamp
-	@$(BIN)/python -m benchmarks.gateway $(ARGS)
+	@$(BIN)/python -m benchmarks $(ARGS)
 
 .venv/serve.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) deploy/venv.py .venv
