@@ -100,7 +100,7 @@ def create_app(worker_socket: str) -> FastAPI:
         state["ids"] += 1
         request = Request(state["ids"], GATEWAY, prompt, body.max_tokens, ignore_eos=body.ignore_eos)
         queues[request.id] = asyncio.Queue()
-        answer = await client.post("/requests", content=request.encode())
+        answer = await client.post(f"/requests?gateway={GATEWAY}", content=request.encode())
         assert answer.json()["decision"] == "accept", answer.text
         return StreamingResponse(chunks(request.id, body.model), media_type="text/event-stream")
 

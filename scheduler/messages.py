@@ -153,6 +153,7 @@ class Refuse:
 
 
 Decision = Accept | Wait | Refuse
+DECISIONS: dict[str, type[Decision]] = {"accept": Accept, "wait": Wait, "refuse": Refuse}
 
 
 def encode_decision(decision: Decision) -> bytes:
@@ -162,11 +163,10 @@ def encode_decision(decision: Decision) -> bytes:
 def decode_decision(body: bytes) -> Decision:
     """Raises ValueError when the body is not a decision."""
     data = json.loads(body)
-    kind = {"accept": Accept, "wait": Wait, "refuse": Refuse}.get(data.get("decision"))
+    kind = DECISIONS.get(data.get("decision"))
     if kind is None:
         raise ValueError("not a decision")
-    known = {f.name for f in fields(kind)}
-    values = {name: value for name, value in data.items() if name in known}
+    values = {name: value for name, value in data.items() if name in kind.__slots__}
     if "reason" in values:
         values["reason"] = Reason(values["reason"])
     decision: Decision = kind(**values)

@@ -12,6 +12,7 @@ from starlette.types import Message
 from scheduler.messages import Reason
 from service.config import GatewayConfig
 from service.errors import ApiError, invalid, overloaded
+from service.wire import EXTENSION
 
 
 class Held:
@@ -62,6 +63,8 @@ class Bodies:
         return b"".join(pieces)
 
     async def _piece(self, request: Request) -> Message:
+        if request.scope["extensions"][EXTENSION].is_whole:
+            return await request.receive()  # which has no need to wait, so no timer is needed
         try:
             async with asyncio.timeout(self._config.body_seconds):
                 return await request.receive()

@@ -130,6 +130,8 @@ class WorkerClient:
         self._submit_seconds = submit_seconds
         self._open: dict[int, Receiver] = {}
         self._last_id = 0
+        self._fresh: set[int] = set()  # ids that wait for their first token
+        self._held: list[StepFrame] = []  # dealt in the next turn of the loop, or with the next step
         self._withdrawals: set[asyncio.Task[None]] = set()
 
     # --- requests
@@ -146,6 +148,7 @@ class WorkerClient:
         if not self.connected:
             raise unavailable("The model's worker is not there at the moment. Please retry.")
         self._open[request.id] = receiver
+        self._fresh.add(request.id)
         try:
             decision = await self._ask(request)
         except BaseException:
@@ -153,6 +156,7 @@ class WorkerClient:
             raise
         if isinstance(decision, Refuse):
             self._open.pop(request.id, None)
+            self._fresh.discard(request.id)
         elif receiver.withdrawn and not receiver.last_at:  # our DELETE may have overtaken the request
             self._spawn(self._delete(request.id))
         return decision
@@ -160,7 +164,7 @@ class WorkerClient:
     async def _ask(self, request: Request) -> Decision:
         try:
             async with asyncio.timeout(self._submit_seconds):
-                status, body = await self._pool.exchange("POST", "/requests", request.encode())
+                status, body = await self._pool.exchange("POST", f"/requests?gateway={self.gateway}", request.encode())
             if status == 200:
                 return decode_decision(body)
             logger.error("the worker answered a request with status %d", status)
@@ -172,6 +176,7 @@ class WorkerClient:
 
     def withdraw(self, id: int) -> None:
         """The client left, or has all it wanted: the worker forgets the request. Returns at once."""
+        self._fresh.discard(id)
         receiver = self._open.pop(id, None)
         if receiver is not None:
             receiver.withdrawn = True
@@ -202,7 +207,33 @@ class WorkerClient:
                 self.snapshot, self.snapshot_at = Snapshot.from_json(frame), time.monotonic()
         if len(steps) > 1 and not any(map(has_failure, steps)):
             steps = [merge(steps)]
+        self._deal_held()
         for step in steps:
+            if self._fresh.isdisjoint(step.ids):
+                self._deal(step)
+            else:
+                self._deal_first_tokens_first(step)
+
+    def _deal_first_tokens_first(self, step: StepFrame) -> None:
+        """A first token is written by its request's task; the others of the step follow when that task has run."""
+        first, held = StepFrame(step.step, [], [], []), StepFrame(step.step, [], [], [])
+        at = 0
+        for id, word in zip(step.ids, step.info, strict=True):
+            part = first if id in self._fresh else held
+            part.ids.append(id)
+            part.info.append(word)
+            part.tokens.extend(step.tokens[at : at + (word & 0xFFFF)])
+            at += word & 0xFFFF
+        if at != len(step.tokens):
+            raise ValueError(UNFIT)
+        self._fresh.difference_update(first.ids)
+        self._deal(first)
+        self._held.append(held)
+        asyncio.get_running_loop().call_soon(self._deal_held)  # behind the tasks that were just woken
+
+    def _deal_held(self) -> None:
+        held, self._held = self._held, []
+        for step in held:
             self._deal(step)
 
     def _deal(self, step: StepFrame) -> None:
@@ -230,7 +261,9 @@ class WorkerClient:
 
     def _break(self) -> None:
         """The step stream is gone: so are its requests, here and at the worker."""
+        self._deal_held()
         self.connected = False
+        self._fresh.clear()
         receivers, self._open = self._open, {}
         now = time.monotonic()
         for receiver in receivers.values():

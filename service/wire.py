@@ -27,12 +27,13 @@ class Owner(Protocol):
 class Wire:
     """A connection's transport and flow state. Requests of one connection are answered one at a time: one owner."""
 
-    __slots__ = ("flow", "owner", "transport")
+    __slots__ = ("flow", "is_whole", "owner", "transport")
 
     def __init__(self, transport: asyncio.Transport, flow: FlowControl) -> None:
         self.transport = transport
         self.flow = flow
         self.owner: Owner | None = None
+        self.is_whole = False  # the last request that began to arrive is here to its end
 
     def release(self, owner: Owner) -> None:
         if self.owner is owner:  # the next request of the connection may have taken over already
@@ -50,7 +51,12 @@ class OpenProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.wire.is_whole = False
         self.scope["extensions"] = {EXTENSION: self.wire}  # type: ignore[dict-item]
+
+    def on_message_complete(self) -> None:
+        self.wire.is_whole = True
+        super().on_message_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
