@@ -55,7 +55,10 @@ def bind(settings: Settings, folder: Path) -> Sockets:
     api = _listen(settings.host, settings.port, "--port")
     metrics = _listen("127.0.0.1", settings.metrics_port, "--metrics-port")
     worker = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    worker.bind(str(folder / "worker"))
+    try:
+        worker.bind(str(folder / "worker"))
+    except OSError as error:  # "AF_UNIX path too long" comes without a number
+        raise OSError(error.errno, f"cannot make a socket in {folder} ({error}); choose a shorter TMPDIR") from error
     worker.listen(4096)
     return Sockets(api, metrics, worker)
 

@@ -72,7 +72,7 @@ def _bytes(value: str) -> int:
 
 
 def _switch(value: str) -> bool:
-    if value.lower() in ("1", "true", "yes", "on", ""):
+    if value.lower() in ("1", "true", "yes", "on"):
         return True
     if value.lower() in ("0", "false", "no", "off"):
         return False
@@ -321,7 +321,7 @@ def is_loopback(host: str) -> bool:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="headgate serve",
-        description="Serves a model with an OpenAI-compatible API. Without options: the model that ships, on this "
+        description="Serves a model with an OpenAI-compatible API. Without options: the model that ships, on this\n"
         "machine, at http://127.0.0.1:8000/v1.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -25,6 +25,7 @@ FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 0.2, 5.0
 STEADY_SECONDS = 10.0  # a child that lived this long starts over with the first backoff
 GRACE_SECONDS = 10.0  # beyond the drain, until a child that does not end is killed
 READY_POLL_SECONDS = 0.1
+TWIN_SECONDS = 0.5  # GNU timeout, among others, signals a process and its whole group: one wish that arrives twice
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,7 @@ class Supervisor:
         self._was_ready = False
         self._status: int | None = None
         self._signals = 0
+        self._signalled_at = 0.0
 
     def run(self) -> int:
         """The exit status: 0 after a drain, 1 when the worker could not start."""
@@ -155,8 +157,11 @@ class Supervisor:
     # --- the end ------------------------------------------------------------------------------------------------------
 
     def _signalled(self) -> None:
+        if self._signals and time.monotonic() - self._signalled_at < TWIN_SECONDS:
+            return
         self._signals += 1
         if self._signals == 1:
+            self._signalled_at = time.monotonic()
             say("draining; once more to end at once")
             threading.Thread(target=self._drain, daemon=True).start()
         else:

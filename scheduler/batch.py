@@ -37,10 +37,12 @@ class StepPlan:
     """One forward pass, and what changes hands before it.
 
     `stop`: sequences whose KV cache is free from now on. `start`: sequences that appear in an entry for the first time;
-    stop comes before start, and a key may be in both. `refused`: requests that waited in vain.
+    stop comes before start, and a key may be in both. `refused`: requests that waited in vain. `predicted_seconds`: how
+    long the step will take.
     """
 
     entries: tuple[Entry, ...] = ()
     start: tuple[Request, ...] = ()
     stop: tuple[int, ...] = ()
     refused: tuple[TokenEvent, ...] = ()
+    predicted_seconds: float = 0.0

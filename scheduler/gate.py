@@ -163,10 +163,10 @@ class Gate:
         self._turn += filled.best_effort
         start, self._start = tuple(self._start), []
         stop, self._stop = tuple(self._stop), []
+        predicted = self.cost.seconds(filled.work) if filled.entries else 0.0
         if filled.entries:
-            predicted = self.cost.seconds(filled.work)
             self._flight = Flight(filled, predicted, predicted * (1 + self.cost.margin))
-        return StepPlan(filled.entries, start, stop, tuple(refused))
+        return StepPlan(filled.entries, start, stop, tuple(refused), predicted)
 
     def observe(self, tokens: dict[int, list[int]], seconds: float, host_seconds: float, now: float) -> StepOutcome:
         """Takes in the step that was in flight: its tokens, the engine's seconds, and the loop's before it.

@@ -287,19 +287,19 @@ def decode_frame(body: bytes) -> StepFrame | dict[str, Any]:
 class Snapshot:
     """A worker's state as others may know it; at most 4 a second, and one a second when nothing happens."""
 
-    running: int
-    waiting: int
-    kv_reserved_bytes: int
-    kv_capacity_bytes: int
-    stalled_seconds: float  # how long the running step has been running
-    predicted_wait_seconds: float  # for a request of the default tier that came now
+    running: int = 0
+    waiting: int = 0
+    kv_reserved_bytes: int = 0
+    kv_capacity_bytes: int = 0
+    stalled_seconds: float = 0.0  # how long the running step has been running
+    predicted_wait_seconds: float = 0.0  # for a request of the default tier that came now
 
     def encode(self) -> bytes:
         return encode_json_frame(Frame.SNAPSHOT, {"v": VERSION, **asdict(self)})
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Snapshot:
-        return cls(**{f.name: data[f.name] for f in fields(cls)})
+        return cls(**{f.name: data[f.name] for f in fields(cls) if f.name in data})
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,9 @@ class Bodies:
             self._hold(held, len(pieces[-1]))
             if held.bytes > limit:
                 raise too_large(limit)
+            # uvicorn stops reading at 64 KiB and goes on when more is asked for: nobody asks after the last piece, and who
+            # does not read does not notice that a client leaves
+            request.scope["extensions"][EXTENSION].flow.resume_reading()
             more = message.get("more_body", False)
         return b"".join(pieces)
 

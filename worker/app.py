@@ -1,6 +1,6 @@
 """The worker's front: HTTP for gateways and scrapers, with the engine process behind it.
 
-    POST   /requests              an encoded Request             -> the gate's decision
+    POST   /requests?gateway=N    an encoded Request             -> the gate's decision
     DELETE /requests/GATEWAY/ID   forget it                      -> 204
     GET    /steps?gateway=N       every token of that gateway's requests, as frames; closing it cancels them all
     GET    /model                 WorkerInfo, 503 until the engine is ready
@@ -17,21 +17,18 @@ import json
 import socket
 import sys
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from typing import Any, cast
-from urllib.parse import parse_qs
 
 import uvicorn
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from scheduler.messages import WorkerInfo, words_to_bytes
 from worker.config import WorkerConfig
 from worker.link import ALL, FRONT, Answer, Command, cut_answers, encode_command, link_pair
-from worker.metrics import WorkerCollector
+from worker.metrics import WorkerCollector, render
+from worker.submission import FrontProtocol, Reply
 
-BODY_LIMIT_BYTES = 16 << 20
 STREAM_LIMIT_BYTES = 8 << 20  # that a gateway may lag behind before it is dropped
-DECISION_SECONDS = 30.0  # for the engine process to answer; a step is never that long
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -51,6 +48,7 @@ class StepStream:
         self._frames.append(frame)
         self._bytes += len(frame)
         if self._bytes > STREAM_LIMIT_BYTES:
+            self._frames.clear()
             self.is_closed = True
         self._changed.set()
 
@@ -71,11 +69,13 @@ class StepStream:
 class EngineProcess(asyncio.Protocol):
     """The engine process and the pipe to it. Deals its answers inside `data_received`: no task is woken per step."""
 
+    module = "worker.core"  # what the process runs; benchmarks put one there that also says what it sees
+
     def __init__(self, config: WorkerConfig, on_death: Callable[[str], None]) -> None:
         self._config = config
         self._on_death = on_death
         self._rest = b""
-        self._tickets: dict[int, asyncio.Future[bytes]] = {}
+        self._tickets: dict[int, Reply] = {}  # submissions that wait for their decision
         self._next_ticket = 0
         self._process: asyncio.subprocess.Process | None = None
         self._transport: asyncio.Transport | None = None
@@ -88,7 +88,7 @@ class EngineProcess(asyncio.Protocol):
         front, engine = link_pair()
         fd = engine.fileno()
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "worker.core", str(fd), self._config.encode()),
+            *(sys.executable, "-m", self.module, str(fd), self._config.encode()),
             pass_fds=(fd,),
             stdin=asyncio.subprocess.DEVNULL,
         )
@@ -113,15 +113,23 @@ class EngineProcess(asyncio.Protocol):
             if destination == FRONT:
                 self._take(frame)
             elif destination == ALL:
-                for stream in self.streams.values():
-                    stream.put(frame)
+                for gateway in tuple(self.streams):
+                    self._put(gateway, frame)
             elif destination in self.streams:
-                self.streams[destination].put(frame)
+                self._put(destination, frame)
+
+    def _put(self, gateway: int, frame: bytes) -> None:
+        """A gateway that lags too far is forgotten at once: its connection may never take another byte."""
+        stream = self.streams[gateway]
+        stream.put(frame)
+        if stream.is_closed:
+            self.close_stream(gateway, stream)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for ticket in self._tickets.values():
-            if not ticket.done():
-                ticket.set_exception(ConnectionError(self.sentence))
+        self.info = None  # while this front ends, no gateway shall take it for a worker
+        tickets, self._tickets = self._tickets, {}
+        for reply in tickets.values():
+            reply(503, self.sentence.encode())
         for stream in self.streams.values():
             stream.close()
         self._on_death(self.sentence)
@@ -129,9 +137,9 @@ class EngineProcess(asyncio.Protocol):
     def _take(self, frame: bytes) -> None:
         kind = int.from_bytes(frame[4:8], "little")
         if kind == Answer.DECISION:
-            ticket = self._tickets.pop(int.from_bytes(frame[8:12], "little"), None)
-            if ticket is not None and not ticket.done():
-                ticket.set_result(frame[12:])
+            reply = self._tickets.pop(int.from_bytes(frame[8:12], "little"), None)
+            if reply is not None:
+                reply(200, frame[12:])
         elif kind == Answer.METRICS and self.collector is not None:
             self.collector.state = json.loads(frame[8:])
         elif kind == Answer.INFO:
@@ -142,16 +150,19 @@ class EngineProcess(asyncio.Protocol):
 
     # --- what gateways ask --------------------------------------------------------------------------------------------
 
-    async def submit(self, body: bytes) -> bytes:
-        """The gate's decision, as JSON. Raises ConnectionError when the engine process is gone."""
+    def submit(self, body: bytes, reply: Reply) -> None:
+        """The gate's decision, as JSON; 503 when the engine process is gone."""
         self._next_ticket = (self._next_ticket + 1) & 0xFFFFFFFF
-        ticket = self._tickets[self._next_ticket] = asyncio.get_running_loop().create_future()
-        self._command(Command.SUBMIT, words_to_bytes([self._next_ticket]) + body)
-        async with asyncio.timeout(DECISION_SECONDS):
-            return await ticket
+        self._tickets[self._next_ticket] = reply
+        try:
+            self._command(Command.SUBMIT, words_to_bytes([self._next_ticket]) + body)
+        except ConnectionError as error:
+            del self._tickets[self._next_ticket]
+            reply(503, str(error).encode())
 
     def cancel(self, gateway: int, request: int) -> None:
-        self._command(Command.CANCEL, words_to_bytes([gateway, request]))
+        with suppress(ConnectionError):  # an engine process that is gone has forgotten it
+            self._command(Command.CANCEL, words_to_bytes([gateway, request]))
 
     def open_stream(self, gateway: int) -> StepStream:
         """A gateway that connects again has lost what it had: its old stream ends, and so do its requests."""
@@ -163,7 +174,8 @@ class EngineProcess(asyncio.Protocol):
         if stream is not None and self.streams.get(gateway) is stream:
             stream.close()
             del self.streams[gateway]
-            self._command(Command.GATEWAY_GONE, words_to_bytes([gateway]))
+            with suppress(ConnectionError):
+                self._command(Command.GATEWAY_GONE, words_to_bytes([gateway]))
 
     def _command(self, kind: Command, payload: bytes) -> None:
         if self._transport is None or self._transport.is_closing():
@@ -190,8 +202,6 @@ class Front:
             await self._model(send)
         elif method == "GET" and path == "/steps":
             await self._steps(scope, receive, send)
-        elif method == "POST" and path == "/requests":
-            await self._submit(receive, send)
         elif method == "DELETE" and path.startswith("/requests/"):
             await self._cancel(path, send)
         else:
@@ -199,32 +209,27 @@ class Front:
 
     async def _observe(self, path: str, send: Send) -> None:
         if path == "/metrics":
-            registry = CollectorRegistry()
-            if self.engine.collector is not None:
-                registry.register(self.engine.collector)
-            await _answer(send, 200, generate_latest(registry), CONTENT_TYPE_LATEST.encode())
+            body, content_type = render(self.engine.collector)
+            await _answer(send, 200, body, content_type)
         elif path == "/readyz" and self.engine.info is None:
-            await _answer(send, 503, b"starting")
+            await _answer(send, 503, b"starting, or ending")
         else:
             await _answer(send, 200, b"ok")
 
     async def _model(self, send: Send) -> None:
         if self.engine.info is None:
-            await _answer(send, 503, b"starting")
+            await _answer(send, 503, b"starting, or ending")
         else:
             await _answer(send, 200, self.engine.info, b"application/json")
 
-    async def _submit(self, receive: Receive, send: Send) -> None:
-        body = await _body(receive)
-        if body is None:
-            return await _answer(send, 413, b"request too large")
+    def submit(self, gateway: bytes, body: bytes, reply: Reply) -> None:
+        """POST /requests; see `worker.submission`."""
         if self.engine.info is None:
-            return await _answer(send, 503, b"starting")
-        try:
-            decision = await self.engine.submit(body)
-        except (ConnectionError, TimeoutError) as error:
-            return await _answer(send, 503, str(error).encode())
-        await _answer(send, 200, decision, b"application/json")
+            reply(503, b"starting, or ending")
+        elif _gateway_of(gateway) not in self.engine.streams:  # one that has died would never cancel it
+            reply(409, b"open GET /steps first")
+        else:
+            self.engine.submit(body, reply)
 
     async def _cancel(self, path: str, send: Send) -> None:
         gateway, _, request = path.removeprefix("/requests/").partition("/")
@@ -235,10 +240,12 @@ class Front:
         await send({"type": "http.response.body", "body": b""})
 
     async def _steps(self, scope: Scope, receive: Receive, send: Send) -> None:
-        gateway = parse_qs(scope["query_string"].decode()).get("gateway", [""])[0]
-        if not gateway.isdecimal() or not ALL < int(gateway) < FRONT:
+        gateway = _gateway_of(scope["query_string"].removeprefix(b"gateway="))
+        if gateway is None:
             return await _answer(send, 400, b"expected ?gateway=N, a number between 1 and 2^32-2")
-        stream = self.engine.open_stream(int(gateway))
+        if self.engine.info is None:
+            return await _answer(send, 503, b"starting, or ending")
+        stream = self.engine.open_stream(gateway)
         watcher = asyncio.create_task(_close_on_disconnect(receive, stream))
         try:
             headers = [(b"content-type", b"application/octet-stream")]
@@ -248,7 +255,7 @@ class Front:
             await send({"type": "http.response.body", "body": b""})
         finally:
             watcher.cancel()
-            self.engine.close_stream(int(gateway), stream)
+            self.engine.close_stream(gateway, stream)
 
 
 async def _close_on_disconnect(receive: Receive, stream: StepStream) -> None:
@@ -257,18 +264,9 @@ async def _close_on_disconnect(receive: Receive, stream: StepStream) -> None:
     stream.close()
 
 
-async def _body(receive: Receive) -> bytes | None:
-    """The whole body, or None when it is over the limit."""
-    parts, size = [], 0
-    while True:
-        message = await receive()
-        part = message.get("body", b"")
-        parts.append(part)
-        size += len(part)
-        if size > BODY_LIMIT_BYTES:
-            return None
-        if not message.get("more_body"):
-            return b"".join(parts)
+def _gateway_of(number: bytes) -> int | None:
+    """None when it is not a gateway's number."""
+    return int(number) if number.isdigit() and ALL < int(number) < FRONT else None
 
 
 async def _answer(send: Send, status: int, body: bytes, content_type: bytes = b"text/plain; charset=utf-8") -> None:
@@ -303,7 +301,8 @@ async def serve(config: WorkerConfig, sockets: list[socket.socket]) -> int:
     engine = EngineProcess(config, died)
     settings = uvicorn.Config(
         Front(engine),
-        http="httptools",
+        http=FrontProtocol,
+        proxy_headers=False,
         lifespan="off",
         log_level="warning",
         access_log=False,

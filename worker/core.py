@@ -7,6 +7,7 @@ measures every step; neither engine nor model is asked how long it took.
 from __future__ import annotations
 
 import gc
+import math
 import os
 import socket
 import sys
@@ -108,8 +109,15 @@ class Outbox:
 
     def flush(self, now: float, next_step_seconds: float) -> None:
         """Sends what is held, unless the next step ends before it is late."""
-        if not self._held or (not self._urgent and now + next_step_seconds < self._sent_at + self._coalesce_seconds):
-            return
+        if self._held and (self._urgent or now + next_step_seconds >= self._sent_at + self._coalesce_seconds):
+            self._send(now)
+
+    def flush_urgent(self, now: float) -> None:
+        """First and last tokens do not wait for the next step to be planned."""
+        if self._urgent:
+            self._send(now)
+
+    def _send(self, now: float) -> None:
         self._lines += 1
         for gateway, events in self._held.items():
             if events:
@@ -150,10 +158,11 @@ class Core:
             self.meter.idle(self._ready_at - self._idle_since)
         plan = self.gate.plan(clock())
         self.refuse(plan.refused)
+        self.outbox.flush(clock(), plan.predicted_seconds if plan.entries else math.inf)
         result = self.run_engine(plan)
         if result is not None and plan.entries:
             self.report(result)
-        self.outbox.flush(clock(), self.stepper.ended - self.stepper.began if self.gate.running else 1.0)
+        self.outbox.flush_urgent(clock())
         self.tell()
 
     def run_engine(self, plan: StepPlan) -> StepResult | None:
@@ -168,7 +177,8 @@ class Core:
             self.outbox.add(self.gate.fail_running())
             self._failures += 1
             return None
-        self._failures = 0
+        if plan.entries:  # a step that only frees says nothing about the engine's health
+            self._failures = 0
         return self.stepper.result
 
     def report(self, result: StepResult) -> None:
@@ -184,7 +194,7 @@ class Core:
     def rest(self) -> None:
         """Nothing to do: waits for a command, and says now and then that this process lives."""
         if self._busy:
-            self._busy, self._idle_since = False, clock()
+            self._busy, self._idle_since = False, self._ready_at  # not now: seconds by cause sum to the wall clock
         self.tell()
         self.link.wait(SNAPSHOT_SECONDS if self._changed else HEARTBEAT_SECONDS)
 
@@ -256,6 +266,8 @@ def main(link_fd: int, config: WorkerConfig) -> None:
         Core(link, built).run()
     except LinkClosed:
         pass
+    except Exception:  # a bug: this process ends, and with it every request, each with an error
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(0)  # a step may still be running in its thread, and nobody is left to want it

@@ -186,6 +186,7 @@ class World:
         """Until nobody is left."""
         for _ in range(most_steps):
             if not self.gate.has_work:
+                self.ended += self.gate.take_ended()  # of those who left before any step
                 return
             self.step()
         raise AssertionError(f"still busy after {most_steps} steps")

@@ -1,0 +1,213 @@
+"""The official SDK as the client, against the whole service."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+import pytest
+
+from worker.simulated import SENTENCE
+
+MESSAGES: Any = [{"role": "user", "content": "Document `textwrap.dedent`"}]
+
+
+@pytest.fixture(params=["simulated", "demo"])
+def server(request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def sdk(server: Any) -> Iterator[openai.OpenAI]:
+    with server.sdk() as client:
+        yield client
+
+
+def exactly(tokens: int) -> dict[str, Any]:
+    return {"max_tokens": tokens, "extra_body": {"ignore_eos": True}}
+
+
+def test_what_is_served_can_be_listed_and_looked_up(server: Any, sdk: openai.OpenAI) -> None:
+    (model,) = sdk.models.list().data
+    assert (model.id, model.object, model.owned_by) == (server.model, "model", "headgate")
+    assert sdk.models.retrieve(server.model) == model
+    with pytest.raises(openai.NotFoundError) as raised:
+        sdk.models.retrieve("nobody/nothing")
+    assert raised.value.code == "model_not_found"
+
+
+def test_a_chat_in_one_piece(server: Any, sdk: openai.OpenAI) -> None:
+    answer = sdk.chat.completions.create(
+        model=server.model, messages=MESSAGES, temperature=0, service_tier="priority", **exactly(12)
+    )
+    assert (answer.model, answer.object, answer.service_tier) == (server.model, "chat.completion", "priority")
+    assert answer.choices[0].finish_reason == "length" and answer.choices[0].message.role == "assistant"
+    assert answer.usage is not None and answer.usage.completion_tokens == 12
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 12 and answer.usage.prompt_tokens > 5
+
+
+def test_a_streamed_chat_says_the_same_as_one_in_one_piece(server: Any, sdk: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": server.model, "messages": MESSAGES, "temperature": 0, **exactly(40)}
+    whole = sdk.chat.completions.create(**asked)
+    chunks = list(sdk.chat.completions.create(stream=True, stream_options={"include_usage": True}, **asked))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert len({(chunk.id, chunk.created, chunk.model) for chunk in chunks}) == 1
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "length"
+    assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+@pytest.mark.parametrize(
+    ("asked", "used"), [("auto", "default"), ("default", "default"), ("flex", "flex"), ("priority", "priority")]
+)
+def test_the_service_tier_that_was_used_is_told(server: Any, sdk: openai.OpenAI, asked: Any, used: str) -> None:
+    answer = sdk.chat.completions.create(model=server.model, messages=MESSAGES, service_tier=asked, **exactly(1))
+    assert answer.service_tier == used
+
+
+def test_completions_of_texts_and_token_ids(server: Any, sdk: openai.OpenAI) -> None:
+    answer = sdk.completions.create(
+        model=server.model, prompt=["def main():", "import os"], temperature=0, **exactly(8)
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    assert answer.usage is not None and answer.usage.completion_tokens == 16
+    ids = sdk.completions.create(model=server.model, prompt=[7, 8, 9], temperature=0, **exactly(8))
+    assert ids.usage is not None and (ids.usage.prompt_tokens, ids.usage.completion_tokens) == (3, 8)
+
+
+def test_a_stop_string_ends_an_answer_before_it(simulated: Any) -> None:
+    with simulated.sdk() as sdk:
+        answer = sdk.completions.create(model=simulated.model, prompt="hi", stop="weights were", **exactly(99))
+    assert answer.choices[0].text == "Simulated reply: no " and answer.choices[0].finish_reason == "stop"
+    simulated.wait_until_idle()
+
+
+def test_the_same_seed_gives_the_same_words(demo: Any) -> None:
+    with demo.sdk() as sdk:
+
+        def words(seed: int) -> str | None:
+            answer = sdk.chat.completions.create(
+                model=demo.model, messages=MESSAGES, temperature=1.0, seed=seed, **exactly(24)
+            )
+            return answer.choices[0].message.content
+
+        first = words(7)
+        assert words(7) == first
+        assert {words(seed) for seed in range(8, 12)} != {first}
+
+
+def test_greedy_words_do_not_depend_on_who_else_is_there(demo: Any) -> None:
+    """Sixteen prompts alone, then each of them in four of 64 streams at once."""
+    names = (
+        "abs",
+        "all",
+        "any",
+        "bin",
+        "chr",
+        "dir",
+        "eval",
+        "exec",
+        "hash",
+        "help",
+        "hex",
+        "id",
+        "iter",
+        "len",
+        "map",
+    )
+    prompts = [f"Document `{name}`" for name in (*names, "max")]
+    with demo.sdk() as sdk:
+
+        def greedy(prompt: str) -> str:
+            asked: Any = [{"role": "user", "content": prompt}]
+            stream = sdk.chat.completions.create(
+                model=demo.model,
+                messages=asked,
+                temperature=0,
+                stream=True,
+                stream_options={"include_usage": True},
+                service_tier="flex",
+                **exactly(20),
+            )
+            chunks = list(stream)
+            assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 20
+            return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+
+        alone = [greedy(prompt) for prompt in prompts]
+        with ThreadPoolExecutor(64) as pool:
+            together = list(pool.map(greedy, prompts * 4))
+    assert together == alone * 4
+    demo.wait_until_idle()
+
+
+def test_sixty_four_streams_at_once_are_all_whole(simulated: Any) -> None:
+    streams = [simulated.stream(100 + n, stream_options={"include_usage": True}) for n in range(64)]
+    for n, stream in enumerate(streams):
+        stream.wait()
+        assert stream.finished, stream.events[-1:]
+        assert stream.usage["completion_tokens"] == 100 + n
+        assert stream.text == (SENTENCE * 20)[: len(stream.text)]
+        assert stream.chunks[-1]["choices"][0]["finish_reason"] == "length"
+    longer = [len(stream.text) for stream in streams]
+    assert longer == sorted(longer)
+    simulated.wait_until_idle()
+
+
+def test_a_simulated_answer_ends_by_itself(simulated: Any) -> None:
+    with simulated.sdk() as sdk:
+        answer = sdk.chat.completions.create(model=simulated.model, messages=MESSAGES, seed=1)
+        again = sdk.chat.completions.create(model=simulated.model, messages=MESSAGES, seed=1)
+    assert answer.choices[0].finish_reason == "stop"
+    assert (answer.choices[0].message.content or "").startswith("Simulated reply: ")
+    assert answer.usage == again.usage
+
+
+def test_mistakes_are_told_in_openais_shape(server: Any, sdk: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as raised:
+        sdk.chat.completions.create(model=server.model, messages=MESSAGES, temperature=9)
+    assert raised.value.param == "temperature"
+    with pytest.raises(openai.NotFoundError) as unknown:
+        sdk.chat.completions.create(model="gpt-9", messages=MESSAGES)
+    assert unknown.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as long:
+        sdk.completions.create(model=server.model, prompt=[7] * 200_000)
+    assert long.value.code == "context_length_exceeded"
+
+
+def test_a_stream_that_is_closed_early_frees_its_place(server: Any, sdk: openai.OpenAI) -> None:
+    with sdk.chat.completions.create(model=server.model, messages=MESSAGES, stream=True, **exactly(3000)) as stream:
+        next(stream)
+    server.wait_until_idle()
+
+
+def test_connections_are_kept_between_requests(simulated: Any) -> None:
+    with simulated.sdk() as sdk:
+        for _ in range(5):
+            sdk.chat.completions.create(model=simulated.model, messages=MESSAGES, **exactly(1))
+        pool = sdk._client._transport._pool  # type: ignore[attr-defined]
+        assert len(pool.connections) == 1
+
+
+def test_threads_may_share_a_client(simulated: Any) -> None:
+    failures: list[BaseException] = []
+    with simulated.sdk() as sdk:
+
+        def talk() -> None:
+            try:
+                for _ in range(3):
+                    answer = sdk.chat.completions.create(model=simulated.model, messages=MESSAGES, **exactly(5))
+                    assert answer.usage is not None and answer.usage.completion_tokens == 5
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=talk) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert failures == []

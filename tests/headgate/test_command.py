@@ -1,0 +1,147 @@
+"""The command as people meet it: what it says, what it returns, and what it does not import."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from headgate import serve
+from headgate.settings import read_settings
+from headgate.supervisor import describe
+
+HEAVY = ("torch", "fastapi", "uvicorn", "numpy", "pydantic", "openai", "huggingface_hub")
+
+
+def headgate(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Runs to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "headgate", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environ},
+    )
+
+
+def imported_by(code: str) -> list[str]:
+    script = f"{code}\nimport sys, json\nprint(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    return list(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("module", ["headgate.main", "headgate.settings", "headgate.serve", "headgate.supervisor"])
+def test_the_supervisor_imports_no_framework(module: str) -> None:
+    assert imported_by(f"import {module}") == []
+
+
+def test_checking_the_model_imports_no_framework() -> None:
+    code = "from headgate import serve, settings\nserve.check_model(settings.read_settings({}, {{}}))"
+    assert imported_by(code.format([])) == []
+    assert imported_by(code.format(["--engine", "simulated"])) == []
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["help"]])
+def test_without_a_verb_it_names_them(arguments: list[str]) -> None:
+    done = headgate(*arguments)
+    assert done.returncode == 0
+    assert "usage: headgate VERB" in done.stdout and "\n  serve " in done.stdout
+    assert "gateway" not in done.stdout.split("usage:")[1]  # the internal ones are nobody's business
+
+
+def test_an_unknown_verb_is_a_sentence_and_status_2() -> None:
+    done = headgate("sevre")
+    assert done.returncode == 2
+    assert done.stderr.startswith("headgate: there is no verb sevre\n")
+
+
+def test_faults_are_one_message_on_stderr_and_status_2() -> None:
+    done = headgate("serve", "--port", "http", "--context=-1", HEADGATE_TREADS="1")
+    assert done.returncode == 2 and done.stdout == ""
+    first, *faults = done.stderr.splitlines()
+    assert first == "headgate: the configuration cannot be used:"
+    assert sorted(fault.split(":")[0].strip() for fault in faults) == ["--context", "--port", "HEADGATE_TREADS"]
+
+
+@pytest.mark.parametrize("option", ["--port", "--metrics-port"])
+def test_a_port_in_use_is_a_sentence_and_status_2(option: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = headgate("serve", "--engine", "simulated", "--port", "0", option, port)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"headgate: cannot listen on 127.0.0.1:{port} (")
+    assert done.stderr.endswith(f"; choose another {option}\n")
+
+
+def test_a_folder_too_deep_for_a_socket_is_a_sentence_and_status_2(tmp_path: Path) -> None:
+    deep = tmp_path / ("d" * 120)
+    deep.mkdir()
+    done = headgate("serve", "--engine", "simulated", "--port", "0", TMPDIR=str(deep))
+    assert done.returncode == 2
+    assert "choose a shorter TMPDIR" in done.stderr and "None" not in done.stderr
+    assert list(deep.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--model", "no-such-folder"], "there is no folder no-such-folder"),
+        (["--model", "./none/at/all"], "there is no folder ./none/at/all"),
+        (["--engine", "simulated", "--model", "gpt-9"], "the simulated engine knows no model gpt-9; there are: "),
+        (["--engine", "simulated", "--hardware", "z80"], "hardware z80 is neither a JSON file nor one of: "),
+    ],
+)
+def test_a_model_that_is_not_there_is_a_sentence_and_status_2(arguments: list[str], sentence: str) -> None:
+    done = headgate("serve", "--port", "0", *arguments)
+    assert done.returncode == 2
+    assert sentence in done.stderr and "Traceback" not in done.stderr
+
+
+def test_hardware_that_is_not_described_right_is_a_sentence_and_status_2(tmp_path: Path) -> None:
+    hardware = tmp_path / "card.json"
+    hardware.write_text('{"name": "card", "levels": []}')
+    done = headgate("serve", "--port", "0", "--engine", "simulated", "--hardware", str(hardware))
+    assert done.returncode == 2 and "not a device description" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--engine", "simulated", "--model", "llama-3.1-70b", "--hardware", "rtx-4090"], "does not fit rtx-4090"),
+        (["--model", "nobody/no-such-model"], "the hub model nobody/no-such-model could not be had"),
+    ],
+)
+def test_a_worker_that_cannot_start_ends_the_command_with_its_sentence_and_status_1(
+    arguments: list[str], sentence: str
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="hg-") as folder:  # pytest's own are too deep for a Unix socket on macOS
+        done = headgate("serve", "--port", "0", *arguments, TMPDIR=folder)
+        left = list(Path(folder).glob("headgate-*"))
+    assert done.returncode == 1, done.stderr
+    assert "headgate: worker: " in done.stderr and sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert left == []
+
+
+def test_bound_sockets_are_listening_and_on_loopback(tmp_path: Path) -> None:
+    settings = read_settings(["--port", "0", "--engine", "simulated"], {})
+    sockets = serve.bind(settings, tmp_path)
+    for listener in (sockets.api, sockets.metrics):
+        with listener:
+            assert listener.getsockname()[0] == "127.0.0.1"
+            socket.create_connection(listener.getsockname(), timeout=5).close()
+    with sockets.worker, socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(tmp_path / "worker"))
+
+
+def test_how_a_child_ended_is_told_in_words() -> None:
+    assert describe(3) == "exit status 3"
+    assert describe(-9) == "killed by SIGKILL"

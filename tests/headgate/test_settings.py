@@ -1,0 +1,207 @@
+"""Every option by flag, variable and file; what wins; and every fault told at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headgate.settings import ALL_OPTIONS, ConfigurationError, Settings, is_loopback, read_settings
+
+# one value per option that is not its default: as text, and as what it becomes
+VALUES: dict[str, tuple[str, Any]] = {
+    "model": ("acme/tiny", "acme/tiny"),
+    "served_name": ("tiny", "tiny"),
+    "engine": ("simulated", "simulated"),
+    "hardware": ("h200", "h200"),
+    "device": ("cuda:1", "cuda:1"),
+    "dtype": ("bfloat16", "bfloat16"),
+    "threads": ("2", 2),
+    "kv_cache": ("4GiB", 4 << 30),
+    "context": ("2048", 2048),
+    "max_sequences": ("17", 17),
+    "max_waiting": ("0", 0),
+    "host": ("127.0.0.2", "127.0.0.2"),
+    "port": ("0", 0),
+    "metrics_port": ("9101", 9101),
+    "insecure": ("true", True),
+    "drain_seconds": ("1.5", 1.5),
+}
+
+
+def faults_of(arguments: list[str], environ: dict[str, str] | None = None) -> list[str]:
+    with pytest.raises(ConfigurationError) as raised:
+        read_settings(arguments, environ or {})
+    return str(raised.value).splitlines()
+
+
+def a_file(folder: Path, text: str) -> str:
+    path = folder / "headgate.toml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_nothing_given_means_every_default() -> None:
+    assert read_settings([], {}) == Settings(**{option.name: option.default for option in ALL_OPTIONS})
+
+
+def test_the_values_of_these_tests_cover_every_option() -> None:
+    assert list(VALUES) == [option.name for option in ALL_OPTIONS]
+    assert all(value != option.default for option, (_, value) in zip(ALL_OPTIONS, VALUES.values(), strict=True))
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_an_option_can_be_a_flag(name: str) -> None:
+    text, value = VALUES[name]
+    assert getattr(read_settings(["--" + name.replace("_", "-"), text], {}), name) == value
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_an_option_can_be_a_variable(name: str) -> None:
+    text, value = VALUES[name]
+    assert getattr(read_settings([], {"HEADGATE_" + name.upper(): text}), name) == value
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_an_option_can_be_a_key_of_the_file(name: str, tmp_path: Path) -> None:
+    text, value = VALUES[name]
+    config = a_file(tmp_path, f'{name} = "{text}"')
+    assert getattr(read_settings(["--config", config], {}), name) == value
+
+
+def test_the_file_takes_plain_numbers_switches_and_dashes(tmp_path: Path) -> None:
+    config = a_file(tmp_path, "port = 9000\ninsecure = true\ndrain-seconds = 2.5\nkv-cache = 1000000\n")
+    settings = read_settings(["--config", config], {})
+    assert (settings.port, settings.insecure, settings.drain_seconds, settings.kv_cache) == (9000, True, 2.5, 1000000)
+
+
+def test_the_file_can_be_named_by_a_variable(tmp_path: Path) -> None:
+    assert read_settings([], {"HEADGATE_CONFIG": a_file(tmp_path, "port = 9000")}).port == 9000
+
+
+def test_the_command_line_wins_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
+    config = a_file(tmp_path, "port = 1\nthreads = 1\ncontext = 1\n")
+    environ = {"HEADGATE_CONFIG": config, "HEADGATE_PORT": "2", "HEADGATE_THREADS": "2"}
+    settings = read_settings(["--port", "3"], environ)
+    assert (settings.port, settings.threads, settings.context) == (3, 2, 1)
+
+
+def test_a_fault_of_a_losing_source_does_not_matter() -> None:
+    assert read_settings(["--port", "3"], {"HEADGATE_PORT": "many"}).port == 3
+
+
+def test_a_switch_needs_no_value() -> None:
+    assert read_settings(["--insecure"], {}).insecure
+    assert not read_settings(["--insecure", "false"], {"HEADGATE_INSECURE": "true"}).insecure
+
+
+def test_an_empty_variable_does_not_switch_protection_off() -> None:
+    """Compose files pass `${HEADGATE_INSECURE:-}` on as an empty string."""
+    assert faults_of([], {"HEADGATE_INSECURE": ""}) == ["HEADGATE_INSECURE: must be true or false, not ''"]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("0", 0),
+        ("1000000", 1000000),
+        ("512MB", 512_000_000),
+        ("512 MiB", 512 << 20),
+        ("4GiB", 4 << 30),
+        ("4G", 4_000_000_000),
+        ("1.5GiB", 3 << 29),
+        ("2k", 2000),
+        ("2KiB", 2048),
+        ("1TB", 10**12),
+    ],
+)
+def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
+    assert read_settings(["--kv-cache", text], {}).kv_cache == size
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "sentence"),
+    [
+        ("--port", "65536", "must be a whole number from 0 to 65535"),
+        ("--port", "-1", "must be a whole number from 0 to 65535"),
+        ("--max-sequences", "0", "must be a whole number from 1 to 4096"),
+        ("--threads", "two", "must be a whole number from 0 to 1024"),
+        ("--kv-cache", "lots", "must be a size such as 4GiB, 512MB or 1000000"),
+        ("--kv-cache", "-4GiB", "must be a size such as 4GiB, 512MB or 1000000"),
+        ("--drain-seconds", "-1", "must be a number of seconds, at most 86400"),
+        ("--drain-seconds", "nan", "must be a number of seconds, at most 86400"),
+        ("--drain-seconds", "86401", "must be a number of seconds, at most 86400"),
+        ("--device", "tpu", "must be auto, cpu, cuda or cuda:N"),
+        ("--dtype", "int3", "must be one of auto, float32, bfloat16, float16"),
+        ("--engine", "magic", "must be one of native, simulated"),
+        ("--model", "", "must not be empty"),
+        ("--insecure", "perhaps", "must be true or false"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_told_with_what_would_do(flag: str, text: str, sentence: str) -> None:
+    assert faults_of([f"{flag}={text}"]) == [f"{flag}: {sentence}, not {text!r}"]
+
+
+def test_all_faults_are_told_at_once_each_with_its_source(tmp_path: Path) -> None:
+    config = a_file(tmp_path, 'context = "far"\ncolour = "red"\n')
+    environ = {"HEADGATE_THREADS": "all", "HEADGATE_TREADS": "2", "HOME": "/root"}
+    assert sorted(faults_of(["--port", "http", "--config", config], environ)) == sorted(
+        [
+            f"{config}: there is no option 'colour'",
+            "HEADGATE_TREADS: there is no such option",
+            "--port: must be a whole number from 0 to 65535, not 'http'",
+            "HEADGATE_THREADS: must be a whole number from 0 to 1024, not 'all'",
+            f"{config}: context: must be a whole number from 0 to 16777216, not 'far'",
+        ]
+    )
+
+
+def test_a_file_that_cannot_be_read_is_a_fault(tmp_path: Path) -> None:
+    missing = str(tmp_path / "none.toml")
+    assert faults_of(["--config", missing])[0].startswith(f"{missing}: cannot be read: ")
+    broken = a_file(tmp_path, "port = = 1")
+    assert faults_of(["--config", broken])[0].startswith(f"{broken}: not TOML: ")
+
+
+def test_beyond_loopback_only_with_insecure() -> None:
+    (fault,) = faults_of(["--host", "0.0.0.0"])
+    assert fault.startswith("--host 0.0.0.0: ") and "--insecure" in fault
+    assert read_settings(["--host", "0.0.0.0", "--insecure"], {}).host == "0.0.0.0"
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
+def test_loopback_addresses_are_known(address: str) -> None:
+    assert is_loopback(address)
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "::", "10.0.0.1", "example.org", "localhost.example.org"])
+def test_other_addresses_are_not_loopback(address: str) -> None:
+    assert not is_loopback(address)
+
+
+def test_a_simulated_engine_on_a_real_device_is_a_contradiction() -> None:
+    (fault,) = faults_of(["--engine", "simulated", "--device", "cuda"])
+    assert "--hardware" in fault
+
+
+@pytest.mark.parametrize("columns", ["60", "80", "200"])
+def test_help_mentions_every_option(
+    columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit) as ended:
+        read_settings(["--help"], {})
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert [option.flag for option in ALL_OPTIONS if f"  {option.flag}" not in text] == []
+    assert "--config" in text and "HEADGATE_KV_CACHE" in text and "examples:" in text
+    assert all(len(line) <= max(116, int(columns)) for line in text.splitlines())
+
+
+def test_an_unknown_flag_and_an_abbreviation_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for flag in ("--colour=red", "--por=1"):
+        with pytest.raises(SystemExit) as ended:
+            read_settings([flag], {})
+        assert ended.value.code == 2
+        assert flag in capsys.readouterr().err

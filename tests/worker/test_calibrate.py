@@ -1,0 +1,116 @@
+"""The sweep at start, against an engine whose speed is known: the cost model fitted to it predicts it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from scheduler.batch import Entry, Kind, StepPlan
+from scheduler.calibration import CostModel, Timing, fit_device
+from scheduler.gate import Limits
+from scheduler.hardware import CATALOGUE, Device
+from scheduler.model import SHAPES
+from scheduler.roofline import StepWork, step_cost, step_work
+from worker.calibrate import SECONDS, Sweep
+from worker.engine import StepResult
+from worker.simulated import SimulatedEngine
+
+SHAPE = SHAPES["llama-3.2-1b"]
+LIMITS = Limits(SHAPE.context_tokens)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class Watched(SimulatedEngine):
+    """Checks what a real engine relies on: keys are started before they appear, contexts are whole, all are stopped."""
+
+    def __init__(self, device: Device, clock: Clock) -> None:
+        super().__init__(device, SHAPE, [10], 2, 0, clock, clock.sleep)
+        self.computed: dict[int, int] = {}
+        self.most_tokens = 0
+
+    def run(self, plan: StepPlan) -> StepResult:
+        for key in plan.stop:
+            del self.computed[key]
+        for request in plan.start:
+            self.computed[request.key] = 0
+        for entry in plan.entries:
+            assert self.computed[entry.key] == entry.position
+            self.computed[entry.key] += entry.query_tokens
+        self.most_tokens = max(self.most_tokens, sum(self.computed.values()))
+        return super().run(plan)
+
+
+def swept(
+    device: Device, limits: Limits = LIMITS, capacity_tokens: int = 1 << 20
+) -> tuple[Watched, list[Timing], Clock]:
+    clock = Clock()
+    engine = Watched(device, clock)
+    return engine, Sweep(engine, SHAPE, limits, capacity_tokens, clock).run(), clock
+
+
+def works() -> list[StepWork]:
+    """Steps that the sweep did not time."""
+    shapes = [(1, 100, 0), (3, 200, 0), (24, 64, 0), (48, 300, 0), (0, 0, 100), (6, 100, 50), (12, 400, 200)]
+    return [
+        step_work(
+            SHAPE,
+            [Entry(n, Kind.DECODE, context, 1, True) for n in range(decodes)]
+            + ([Entry(99, Kind.PREFILL, 0, chunk, True)] if chunk else []),
+        )
+        for decodes, context, chunk in shapes
+    ]
+
+
+@pytest.mark.parametrize("name", ["l4", "rtx-4090", "h100", "mi300x"])
+def test_the_sweep_recovers_the_device_within_a_few_per_cent(name: str) -> None:
+    true = CATALOGUE[name]
+    _, timings, _ = swept(true)
+    datasheet = replace(true, host_seconds=0.0, weight_share=1.0, kv_share=1.0, flops_share=1.0, attention_share=1.0)
+    fitted = fit_device(datasheet, SHAPE, timings)
+    for work in works():
+        assert step_cost(fitted, SHAPE, work).seconds == pytest.approx(step_cost(true, SHAPE, work).seconds, rel=0.05)
+
+
+def test_a_primed_model_promises_with_a_small_margin() -> None:
+    _, timings, _ = swept(CATALOGUE["l4"])
+    model = CostModel(fit_device(CATALOGUE["l4"], SHAPE, timings), SHAPE)
+    model.prime(timings)
+    assert model.margin == pytest.approx(0.05)
+
+
+def test_the_sweep_leaves_no_sequence_behind() -> None:
+    engine, timings, _ = swept(CATALOGUE["h100"])
+    assert timings and engine.computed == {} and engine._answers == {}
+
+
+def test_a_slow_engine_is_timed_on_the_cheap_steps_only() -> None:
+    slow = replace(CATALOGUE["laptop-cpu"], host_seconds=0.2)
+    engine, timings, clock = swept(slow)
+    _, all_timings, _ = swept(CATALOGUE["h100"])
+    assert 1 <= len(timings) < len(all_timings)
+    assert timings[0].work.query_tokens == 1
+    assert engine.computed == {}
+    assert clock.now < 10 * SECONDS
+
+
+def test_the_sweep_stays_within_memory_and_context() -> None:
+    capacity = 2000
+    engine, timings, _ = swept(CATALOGUE["h100"], Limits(context_tokens=128), capacity)
+    assert timings and engine.most_tokens <= capacity
+    assert max(timing.work.query_tokens for timing in timings) <= 128
+
+
+def test_every_timing_has_a_spread_of_nothing_where_nothing_varies() -> None:
+    _, timings, _ = swept(CATALOGUE["h100"])
+    assert all(timing.seconds > 0 and timing.spread < 0.01 for timing in timings)

@@ -1,0 +1,166 @@
+"""What the engine process adds up, and what the front makes of it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from scheduler.gate import Ended
+from scheduler.messages import Accept, Finish, Reason, Refuse, StepReport, Wait
+from scheduler.roofline import CAUSES
+from worker.metrics import GAUGES, HISTOGRAMS, Meter, WorkerCollector
+
+
+def report(step: int = 1, measured: float = 0.02, budget: float = 0.04, prefill: int = 0) -> StepReport:
+    seconds = dict.fromkeys(CAUSES, 0.0) | {"weights": measured / 2, "host": measured / 4, "unexplained": measured / 4}
+    moved = {"weights": 6e6, "kv_read": 3e6, "kv_write": 1e6}
+    return StepReport(step, 2, prefill, 2, 2, moved, 5e8, seconds, 0.018, measured, 0.01, budget)
+
+
+def ended(**fields: Any) -> Ended:
+    values: dict[str, Any] = {
+        "tier": "default",
+        "finish": Finish.STOP,
+        "prompt_tokens": 5,
+        "output_tokens": 9,
+        "queue_seconds": 0.1,
+        "ttft_seconds": 0.3,
+        "utps": 42.0,
+        "floor_utps": 40.0,
+    }
+    return Ended(**(values | fields))
+
+
+@pytest.fixture
+def meter(tools: Any) -> Meter:
+    return Meter(tools.build_with(None).gate, tools.DEVICE.flops_per_second)
+
+
+def rendered(meter: Meter, now: float = 1.0) -> dict[str, Any]:
+    """As the front does it: over the pipe as JSON, into families, through Prometheus' own text and parser."""
+    collector = WorkerCollector("tiny", "here")
+    collector.state = json.loads(json.dumps(meter.state(now)))
+    registry = CollectorRegistry()
+    registry.register(collector)
+    return {f.name: f for f in text_string_to_metric_families(generate_latest(registry).decode())}
+
+
+def samples(families: dict[str, Any], name: str) -> dict[tuple[str, ...], float]:
+    """Values by their labels other than model and worker, in the order of the labels' names."""
+    return {
+        tuple(s.labels[label] for label in sorted(s.labels.keys() - {"model", "worker"})): s.value
+        for family in families.values()
+        for s in family.samples
+        if s.name == name
+    }
+
+
+def test_seconds_by_cause_and_idle_sum_to_the_measured_time(meter: Meter) -> None:
+    meter.idle(1.5)
+    for step in range(10):
+        meter.step(report(step, measured=0.01 * (step + 1)), now=float(step))
+    families = rendered(meter)
+    causes = samples(families, "headgate_step_seconds_by_cause_total")
+    assert set(causes) == {(cause,) for cause in CAUSES}
+    assert sum(causes.values()) == pytest.approx(1.5 + 0.55)
+    assert samples(families, "headgate_step_seconds_sum")[()] == pytest.approx(0.55)
+    assert samples(families, "headgate_step_seconds_count")[()] == 10
+
+
+def test_decisions_are_counted_by_kind_and_reason(meter: Meter) -> None:
+    meter.decision(Accept())
+    meter.decision(Accept())
+    meter.decision(Wait(1.0, Reason.TIME_BUDGET))
+    meter.decision(Refuse(Reason.QUEUE_FULL, 1.0))
+    meter.refused_late(Reason.TTFT_UNREACHABLE)
+    assert samples(rendered(meter), "headgate_admissions_total") == {
+        ("accepted", ""): 2,
+        ("waiting", "time_budget"): 1,
+        ("refused", "queue_full"): 1,
+        ("refused_late", "ttft_unreachable"): 1,
+    }
+
+
+def test_ended_requests_are_counted_by_tier_and_finish(meter: Meter) -> None:
+    meter.ended(ended())
+    meter.ended(ended(finish=Finish.CANCELLED, utps=None, ttft_seconds=None))
+    meter.ended(ended(tier="priority", utps=20.0, violation="schedule"))
+    families = rendered(meter)
+    assert samples(families, "headgate_requests_ended_total") == {
+        ("stop", "default"): 1,
+        ("cancelled", "default"): 1,
+        ("stop", "priority"): 1,
+    }
+    assert samples(families, "headgate_utps_count") == {("default",): 1, ("priority",): 1}
+    assert samples(families, "headgate_engine_time_to_first_token_seconds_sum")[("default",)] == pytest.approx(0.3)
+    assert samples(families, "headgate_request_queue_seconds_count")[("default",)] == 2
+    assert samples(families, "headgate_utps_floor_violations_total") == {("schedule", "priority"): 1}
+
+
+def test_live_ratios_are_those_of_the_last_second(meter: Meter, tools: Any) -> None:
+    meter.step(report(1, measured=0.5), now=10.0)
+    meter.step(report(2, measured=0.02), now=11.5)
+    meter.step(report(3, measured=0.02), now=11.6)
+    gauges = meter.state(now=12.0)["gauges"]
+    bandwidth = tools.DEVICE.memory.bytes_per_second
+    assert gauges["limit_ratio"] == pytest.approx(0.01 / 0.02)
+    assert gauges["bandwidth_utilization_ratio"] == pytest.approx(1e7 / 0.02 / bandwidth)
+    assert gauges["compute_utilization_ratio"] == pytest.approx(5e8 / 0.02 / tools.DEVICE.flops_per_second)
+    assert gauges["arithmetic_intensity_flops_per_byte"] == pytest.approx(50)
+    assert gauges["bandwidth_budget_ratio"] == pytest.approx(0.5)
+    assert gauges["stps"] == pytest.approx(4)
+
+
+def test_without_steps_every_gauge_is_there_and_nothing_is_divided_by_nothing(meter: Meter) -> None:
+    families = rendered(meter)
+    assert all(samples(families, f"headgate_{name}") for name in GAUGES)
+    assert samples(families, "headgate_limit_ratio")[()] == 0
+
+
+def test_a_step_without_a_floor_says_nothing_of_the_budget(meter: Meter) -> None:
+    meter.step(report(budget=float("inf")), now=1.0)
+    assert meter.state(1.0)["gauges"]["bandwidth_budget_ratio"] == 0
+
+
+def test_buckets_are_cumulative_and_end_with_everything(meter: Meter) -> None:
+    for value in (1.0, 42.0, 42.0, 99999.0):
+        meter.ended(ended(utps=value))
+    buckets = samples(rendered(meter), "headgate_utps_bucket")
+    counts = [count for _, count in sorted(buckets.items(), key=lambda row: float(row[0][0]))]
+    assert counts == sorted(counts) and counts[-1] == 4
+    assert next(count for labels, count in buckets.items() if float(labels[0]) == 1.0) == 1, (
+        "a bound holds its own value"
+    )
+
+
+def test_prefill_is_counted_and_only_steps_that_had_any_are_observed(meter: Meter) -> None:
+    meter.step(report(1, prefill=0), now=1.0)
+    meter.step(report(2, prefill=64), now=1.0)
+    families = rendered(meter)
+    assert samples(families, "headgate_prefill_tokens_total")[()] == 64
+    assert samples(families, "headgate_prefill_tokens_per_step_count")[()] == 1
+    assert samples(families, "headgate_tokens_per_step_sum")[()] == 68
+
+
+def test_labels_are_bounded_however_many_requests_there_were(meter: Meter) -> None:
+    for step in range(500):
+        meter.decision(Accept())
+        meter.step(report(step), now=step / 1000)
+        meter.ended(ended(utps=float(step), prompt_tokens=step))
+    families = rendered(meter)
+    rows = sum(len(family.samples) for family in families.values())
+    meter.ended(ended())
+    assert sum(len(family.samples) for family in rendered(meter).values()) == rows < 300
+    assert {label for f in families.values() for s in f.samples for label in s.labels} == (
+        {"model", "worker", "tier", "finish", "cause", "decision", "reason", "le"}
+    )
+
+
+def test_every_histogram_has_a_family_whether_or_not_it_was_observed(meter: Meter) -> None:
+    families = rendered(meter)
+    assert {f"headgate_{name}" for name, *_ in HISTOGRAMS.values()} <= families.keys()
+    assert all(family.documentation for family in families.values())
