@@ -1,15 +1,14 @@
 # Two commands need nothing before them: `make serve` and `make test`.
 PYTHON ?= python3
-HOST ?= 127.0.0.1
-PORT ?= 8000
-MODEL ?= headgate-demo
 ARGS ?=
+# HOST from the command line only: some shells keep the machine's name in a variable of that name
+OPTIONS := $(if $(filter command,$(origin HOST)),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(if $(MODEL),--model $(MODEL))
 BIN := .venv/bin
 
 .PHONY: serve test check format bench clean
 
 serve: .venv/serve.stamp
-	@exec $(BIN)/headgate serve --host $(HOST) --port $(PORT) --model $(MODEL) $(ARGS)
+	@exec $(BIN)/headgate serve $(OPTIONS) $(ARGS)
 
 test: .venv/dev.stamp
 	@$(BIN)/python -m pytest $(ARGS)

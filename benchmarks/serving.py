@@ -19,6 +19,7 @@ from headgate.supervisor import Launch, ready_model
 from worker.config import WorkerConfig
 
 START_SECONDS = 30.0
+ROOT = Path(__file__).parent.parent
 
 
 class Sightings:
@@ -83,6 +84,7 @@ class Serving:
         process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             stdin=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.fspath(ROOT)},  # the observing engine process is not installed
             stdout=subprocess.PIPE if "worker" in arguments else None,
             pass_fds=[self._lifeline[0], *(sock.fileno() for sock in sockets)],
         )

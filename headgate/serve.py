@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from headgate.settings import ConfigurationError, Settings, read_settings
@@ -14,11 +14,13 @@ from headgate.supervisor import Sockets, Supervisor
 
 
 def main(arguments: Sequence[str]) -> int:
+    faults: list[str] = []
     try:
         settings = read_settings(arguments, os.environ)
-        check_model(settings)
     except ConfigurationError as error:
-        faults = str(error).splitlines()
+        faults, settings = error.faults, error.settings
+    faults += model_faults(settings)
+    if faults:
         print(
             "headgate: the configuration cannot be used:",
             *(f"  {fault}" for fault in faults),
@@ -35,19 +37,20 @@ def main(arguments: Sequence[str]) -> int:
         return Supervisor(settings, sockets, Path(folder)).run()
 
 
-def check_model(settings: Settings) -> None:
+def model_faults(settings: Settings) -> list[str]:
     """Whether model and hardware can be found, as far as that is known without loading or downloading anything."""
     from worker.files import ModelNotFound, find_local_model
     from worker.simulated import find_device, find_shape
 
-    try:
-        if settings.engine == "simulated":
-            find_device(settings.hardware)
-            find_shape(settings.model)
-        else:
-            find_local_model(settings.model)
-    except (ValueError, ModelNotFound) as error:
-        raise ConfigurationError(str(error)) from error
+    simulated: list[tuple[Callable[[str], object], str]]
+    simulated = [(find_device, settings.hardware), (find_shape, settings.model)]
+    faults = []
+    for find, name in simulated if settings.engine == "simulated" else [(find_local_model, settings.model)]:
+        try:
+            find(name)
+        except (ValueError, ModelNotFound) as error:
+            faults.append(str(error))
+    return faults
 
 
 def bind(settings: Settings, folder: Path) -> Sockets:
@@ -70,8 +73,8 @@ def _listen(host: str, port: int, option: str) -> socket.socket:
     try:
         listener.bind((host, port))
     except OSError as error:
-        raise OSError(
-            error.errno, f"cannot listen on {host}:{port} ({error.strerror}); choose another {option}"
-        ) from error
+        wrong = "--host" if isinstance(error, socket.gaierror) else option
+        sentence = f"cannot listen on {host}:{port} ({error.strerror}); choose another {wrong}"
+        raise OSError(error.errno, sentence) from error
     listener.listen(4096)
     return listener

@@ -237,14 +237,22 @@ assert [f.name for f in fields(Settings)] == [option.name for option in ALL_OPTI
 
 
 class ConfigurationError(Exception):
-    """Everything that is wrong with the configuration, one fault a line."""
+    """Everything that is wrong with the configuration; `settings` has defaults in place of what could not be read."""
+
+    def __init__(self, faults: Sequence[str], settings: Settings) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = list(faults)
+        self.settings = settings
 
 
 def read_settings(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
-    """Raises ConfigurationError with all faults; SystemExit after --help or on an unknown flag, as argparse does."""
-    given = vars(_parser().parse_args(arguments))
+    """Raises ConfigurationError with all faults; SystemExit after --help or a flag without its value, as argparse does."""
+    parsed, unknown = _parser().parse_known_args(arguments)
+    given = vars(parsed)
     config = given.pop("config") or environ.get(PREFIX + "CONFIG")
-    faults: list[str] = []
+    faults = [f"{argument}: there is no such option" for argument in unknown if argument.startswith("-")]
+    if unknown and not faults:
+        faults.append(f"{unknown[0]}: options begin with --")
     from_file = _read_file(config, faults) if config else {}
     faults += _unknown_variables(environ)
     values: dict[str, Any] = {}
@@ -257,11 +265,12 @@ def read_settings(arguments: Sequence[str], environ: Mapping[str, str]) -> Setti
             values[option.name] = option.parse(text)
         except Fault as fault:
             faults.append(f"{source}: {fault}, not {text!r}")
-    if not faults:
-        faults += _contradictions(Settings(**values))
+            values[option.name] = option.default
+    settings = Settings(**values)
+    faults += _contradictions(settings)
     if faults:
-        raise ConfigurationError("\n".join(faults))
-    return Settings(**values)
+        raise ConfigurationError(faults, settings)
+    return settings
 
 
 def _given(
@@ -270,7 +279,8 @@ def _given(
     """Where the value comes from, and its text; None where nobody gave one."""
     if (text := flags[option.name]) is not None:
         return option.flag, text
-    if (text := environ.get(option.variable)) is not None:
+    text = environ.get(option.variable)
+    if text is not None and not text.startswith("tcp://"):  # HEADGATE_PORT, as Kubernetes means it
         return option.variable, text
     if (text := file.get(option.name)) is not None:
         return f"{config}: {option.name}", text
@@ -292,8 +302,11 @@ def _read_file(config: str, faults: list[str]) -> dict[str, str]:
 
 
 def _unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """But for those that Kubernetes sets beside a service called headgate, and the tests' own."""
     known = {option.variable for option in ALL_OPTIONS} | {PREFIX + "CONFIG", PREFIX + "TRACES"}
-    return [f"{name}: there is no such option" for name in environ if name.startswith(PREFIX) and name not in known]
+    foreign = (PREFIX + "SERVICE_", PREFIX + "PORT_")
+    names = [name for name in environ if name.startswith(PREFIX) and not name.startswith(foreign)]
+    return [f"{name}: there is no such option" for name in names if name not in known]
 
 
 def _contradictions(settings: Settings) -> list[str]:

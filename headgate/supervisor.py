@@ -114,7 +114,7 @@ class Supervisor:
         fds = [listener.fileno() for listener in sockets]
         launch = Launch(config, self._lifeline_read, str(self._folder), fds)
         return subprocess.Popen(
-            [sys.executable, "-m", "headgate", verb, json.dumps(asdict(launch))],
+            [sys.executable, "-P", "-m", "headgate", verb, json.dumps(asdict(launch))],  # -P: not the user's worker.py
             stdin=subprocess.DEVNULL,
             pass_fds=[*fds, self._lifeline_read],
             start_new_session=True,  # Ctrl-C is for the supervisor alone, which drains in order

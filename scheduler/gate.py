@@ -294,8 +294,22 @@ class Gate:
         self._outlook = None
 
     def _admit_waiting(self, now: float) -> None:
-        while (waiting := self.waiting.next(self.account)) is not None and self._obstacle(waiting) is None:
+        while (waiting := self._startable()) is not None:
             self._admit(self.waiting.remove(waiting.request.key), now)
+
+    def _startable(self) -> Waiting | None:
+        """The first who may start. Where a floor stands in the way, tiers without one may pass: they take what is left."""
+        is_passing = False
+        for waiting in self.waiting.firsts(self.account):
+            if is_passing and waiting.tier.floor_utps:
+                continue
+            obstacle = self._obstacle(waiting)
+            if obstacle is None:
+                return waiting
+            if obstacle is Reason.KV_FOOTPRINT:
+                return None  # memory that comes free is for who is first
+            is_passing = True
+        return None
 
     def _refuse_late(self, now: float) -> list[TokenEvent]:
         refused = []

@@ -306,7 +306,7 @@ class Snapshot:
 class WorkerInfo:
     """What a gateway needs to know before it can serve a worker's model (`GET /model`).
 
-    `variant` is a hash of tokenizer, template and weights' name: workers with equal variants are interchangeable.
+    `variant` is a hash of tokenizer and template: gateways need not build their tables anew while it stays the same.
     """
 
     model: str

@@ -109,13 +109,12 @@ class WaitingList:
         self._queued[rank].add(waiting, -1)
         return waiting
 
-    def next(self, account: Account) -> Waiting | None:
-        """The first of the best tier; within it, of the tenant that has used the fewest step seconds."""
+    def firsts(self, account: Account) -> Iterator[Waiting]:
+        """The first of each tier, best tier first: of the tenant that has used the fewest step seconds."""
         for rank in sorted(self._queues):
             if tenants := self._queues[rank]:
                 tenant = min(tenants, key=account.used_seconds)
-                return self._by_key[tenants[tenant][0]]
-        return None
+                yield self._by_key[tenants[tenant][0]]
 
     def late(self, now: float) -> list[Waiting]:
         """Who has waited longer than the tier allows, but for the preempted: they have started, and are owed an answer."""

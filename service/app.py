@@ -65,12 +65,15 @@ def create_app(config: GatewayConfig) -> Door:
     bare = functools.partial(app.router.add_api_route, methods=["POST"], route_class_override=BareRoute)
     bare("/v1/chat/completions", chat.create, openapi_extra=documented(ChatRequest))
     bare("/v1/completions", completions.create, openapi_extra=documented(CompletionRequest))
-    route = app.add_api_route
-    route("/v1/models", models.list, methods=["GET"])
-    route("/v1/models/{id:path}", models.get, methods=["GET"])
-    route("/healthz", health.healthz, methods=["GET"])
-    route("/readyz", health.readyz, methods=["GET"])
-    route("/metrics", health.metrics, methods=["GET"])
+    for path, endpoint in (
+        ("/v1/models", models.list),
+        ("/v1/models/{id:path}", models.get),
+        ("/healthz", health.healthz),
+        ("/readyz", health.readyz),
+        ("/metrics", health.metrics),
+    ):
+        app.add_api_route(path, endpoint, methods=["GET"])
+        app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)  # the server leaves the body out
 
     app.add_exception_handler(ApiError, faults.api_error)
     app.add_exception_handler(HTTPException, faults.http_error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from typing import Any
 
 import orjson
@@ -13,6 +14,8 @@ from scheduler.messages import Reason
 from service.config import GatewayConfig
 from service.errors import ApiError, invalid, overloaded
 from service.wire import EXTENSION
+
+COLLECT_UP_TO_BYTES = 256 << 10
 
 
 class Held:
@@ -37,7 +40,7 @@ class Bodies:
             raise ApiError(415, "Please send the body as JSON, with the header 'Content-Type: application/json'.")
         body = await self._read(request, held)
         try:
-            value = orjson.loads(body)
+            value = loads(body)
         except orjson.JSONDecodeError as error:
             raise invalid(f"The body is not valid JSON: {error}.") from error
         if not isinstance(value, dict):
@@ -85,6 +88,17 @@ class Bodies:
         """The worker has the prompt, or the request is over."""
         self._bytes -= held.bytes
         held.bytes = 0
+
+
+def loads(body: bytes) -> Any:
+    """The collector would look at a million small arrays again and again while they arise: 0.37 s instead of 0.11."""
+    if len(body) <= COLLECT_UP_TO_BYTES:
+        return orjson.loads(body)
+    gc.disable()
+    try:
+        return orjson.loads(body)
+    finally:
+        gc.enable()
 
 
 def is_json(content_type: str) -> bool:

@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.chunks import ChatShape
-from service.generate import Generator, heading, requests_for, room
+from service.generate import Generator, heading, limit_tokens, requests_for, room
 from service.schema import parse_chat
 from service.stream import Order
 
@@ -18,10 +18,10 @@ class Chat:
     async def create(self, request: Request) -> Response:
         """Messages in, a message out: in one piece, or as server-sent events."""
         generator = self._generator
-        visit, fields = await generator.read(request)
-        body = parse_chat(fields)
+        visit, body = await generator.read(request, parse_chat)
         model = generator.model(visit, body)
-        prompt = await model.text.chat_prompt([message.for_template() for message in body.messages])
+        messages = [message.for_template() for message in body.messages]
+        prompt = await model.text.chat_prompt(messages, limit_tokens(model.worker))
         max_tokens = room(model.worker, len(prompt), body.limit_tokens, "messages")
         requests = requests_for(model, body, visit.tier, [(prompt, max_tokens)])
         shape = ChatShape(heading("chatcmpl", model, body, requests[0], visit.tier))

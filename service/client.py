@@ -131,7 +131,7 @@ class WorkerClient:
         self._open: dict[int, Receiver] = {}
         self._last_id = 0
         self._fresh: set[int] = set()  # ids that wait for their first token
-        self._held: list[StepFrame] = []  # dealt in the next turn of the loop, or with the next step
+        self._held: list[StepFrame] = []  # dealt in the next turn of the loop, or before the next step
         self._withdrawals: set[asyncio.Task[None]] = set()
 
     # --- requests
@@ -207,8 +207,8 @@ class WorkerClient:
                 self.snapshot, self.snapshot_at = Snapshot.from_json(frame), time.monotonic()
         if len(steps) > 1 and not any(map(has_failure, steps)):
             steps = [merge(steps)]
-        self._deal_held()
         for step in steps:
+            self._deal_held()  # what a step left behind comes before the next step: tokens keep their order
             if self._fresh.isdisjoint(step.ids):
                 self._deal(step)
             else:

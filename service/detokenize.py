@@ -11,7 +11,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import orjson
 from tokenizers import Tokenizer
@@ -57,6 +57,33 @@ def is_byte_level(tokenizer: Tokenizer) -> bool:
     decoder = json.loads(tokenizer.to_str())["decoder"] or {}
     parts = decoder.get("decoders", [decoder])
     return bool(parts) and all(part.get("type") in ("ByteLevel", "Fuse") for part in parts)
+
+
+def longest_token(tokenizer: Tokenizer) -> int | None:
+    """How many characters of a text one token covers at most. None where that is not known for sure.
+
+    It is known for byte-level BPE that knows all bytes and drops nothing: there a token of n letters covers n bytes, and a
+    character has at least one. Not where an added token swallows the spaces beside it.
+    """
+    parts = json.loads(tokenizer.to_str())
+    model = parts["model"]
+    splits = steps_of(parts["pre_tokenizer"], "pretokenizers")
+    exact = (
+        model["type"] == "BPE"
+        and byte_alphabet().keys() <= model["vocab"].keys()
+        and not (model["continuing_subword_prefix"] or model["end_of_word_suffix"])
+        and all(step["type"] == "NFC" for step in steps_of(parts["normalizer"], "normalizers"))
+        and all(step["type"] in ("ByteLevel", "Digits", "Split") for step in splits)
+        and any(step["type"] == "ByteLevel" for step in splits)
+        and not any(step.get("behavior") == "Removed" for step in splits)
+        and not any(token["lstrip"] or token["rstrip"] for token in parts["added_tokens"])
+    )
+    return max(map(len, tokenizer.get_vocab(with_added_tokens=True))) if exact else None
+
+
+def steps_of(part: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
+    """A part of a tokenizer is nothing, one step, or a sequence of steps."""
+    return [] if part is None else part.get(name, [part])
 
 
 class ByteTable:

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 VISIT = "headgate.visit"
 GENERATING = frozenset({"/v1/chat/completions", "/v1/completions"})
+READY = "/readyz"  # a closing house is not ready, whatever its workers are
 SANE_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -95,7 +96,7 @@ class Door:
 
         if scope["method"] == "POST" and scope["path"] in GENERATING:
             await self._generate(visit, scope, receive, stamped)
-        elif self._closing and scope["path"].startswith("/v1/"):
+        elif self._closing and (scope["path"].startswith("/v1/") or scope["path"] == READY):
             await self._turn_away(shutting_down(), scope, receive, stamped)
         else:
             await self._app(scope, receive, stamped)

@@ -65,10 +65,12 @@ def model_not_found(model: str) -> ApiError:
     )
 
 
-def context_length_exceeded(prompt_tokens: int, limit_tokens: int, param: str) -> ApiError:
+def context_length_exceeded(prompt_tokens: int, limit_tokens: int, param: str, exactly: bool = True) -> ApiError:
+    """Not `exactly`: it has at least so many tokens, and nobody counted further."""
+    came_to = "came to" if exactly else "came to at least"
     return invalid(
         f"This model takes at most {limit_tokens} tokens, and at least one of them must be generated. "
-        f"Your {param} came to {prompt_tokens} tokens. Please shorten the {param}.",
+        f"Your {param} {came_to} {prompt_tokens} tokens. Please shorten the {param}.",
         param,
         "context_length_exceeded",
     )

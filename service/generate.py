@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,11 @@ from service.door import VISIT, Visit
 from service.errors import context_length_exceeded
 from service.fleet import Fleet, Model
 from service.metrics import Metrics
-from service.schema import GenerateRequest
+from service.schema import GenerateRequest, Parsed
 from service.stream import Answer, CollectedAnswer, Order, StreamedAnswer
 
 SEED_MASK = (1 << 63) - 1
+PARSE_INLINE_BYTES = 256 << 10  # many parts or messages, checked one by one in Python: a thread lets others run between
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +35,13 @@ class Generator:
     fleet: Fleet
     metrics: Metrics
 
-    async def read(self, request: HttpRequest) -> tuple[Visit, dict[str, Any]]:
+    async def read(self, request: HttpRequest, parse: Callable[[dict[str, Any]], Parsed]) -> tuple[Visit, Parsed]:
+        """The body, checked. Raises ApiError."""
         visit: Visit = request.scope[VISIT]
-        return visit, await self.bodies.read_json(request, visit.body)
+        fields = await self.bodies.read_json(request, visit.body)
+        if visit.body.bytes > PARSE_INLINE_BYTES:
+            return visit, await asyncio.to_thread(parse, fields)
+        return visit, parse(fields)
 
     def model(self, visit: Visit, body: GenerateRequest) -> Model:
         """Raises ApiError when it is not served here. From here on, the request is counted under its model."""
@@ -55,9 +61,14 @@ class Generator:
         return answer
 
 
+def limit_tokens(worker: WorkerInfo) -> int:
+    """How many tokens a prompt and one more may have together."""
+    return min(worker.context_tokens, worker.max_prompt_tokens + 1)
+
+
 def room(worker: WorkerInfo, prompt_tokens: int, wanted_tokens: int | None, param: str) -> int:
     """How many tokens may be generated. Raises ApiError when the prompt leaves room for none."""
-    limit = min(worker.context_tokens, worker.max_prompt_tokens + 1)
+    limit = limit_tokens(worker)
     if prompt_tokens + 1 > limit:
         raise context_length_exceeded(prompt_tokens, limit, param)
     left = worker.context_tokens - prompt_tokens

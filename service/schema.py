@@ -15,6 +15,7 @@ from service.errors import ApiError, invalid
 
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 1000
+MAX_MESSAGES = 4096
 TIERS = {
     "auto": "default",
     "default": "default",
@@ -43,6 +44,24 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (None,),
     "moderation": (None,),
     "suffix": (None, ""),
+    # known to other servers: a client that sets them would be surprised to be served without
+    "min_p": (None, 0),
+    "typical_p": (None, 1),
+    "repetition_penalty": (None, 1),
+    "length_penalty": (None, 1),
+    "min_tokens": (None, 0),
+    "stop_token_ids": (None, []),
+    "allowed_token_ids": (None, []),
+    "bad_words": (None, []),
+    "include_stop_str_in_output": (None, False),
+    "use_beam_search": (None, False),
+    "continue_final_message": (None, False),
+    "chat_template": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "structured_outputs": (None,),
 }
 
 
@@ -135,8 +154,15 @@ class GenerateRequest(BaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
+def few_enough(value: Any) -> Any:
+    """Counted before any of them is looked at: 200,000 messages would hold up everybody else."""
+    if isinstance(value, list) and len(value) > MAX_MESSAGES:
+        raise ValueError(f"takes at most {MAX_MESSAGES} messages, not {len(value)}")
+    return value
+
+
 class ChatRequest(GenerateRequest):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], BeforeValidator(few_enough), Field(min_length=1)]
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
 
@@ -153,26 +179,37 @@ class ChatRequest(GenerateRequest):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
+PROMPT_SHAPES = "must be a string, an array of strings, an array of token ids, or an array of those arrays"
+
+
 def prompts(value: Any) -> Any:
-    """One prompt or several, each a text or token ids: always a list of prompts."""
+    """One prompt or several, each a text or token ids: always a list of prompts.
+
+    Of token ids only the first is looked at here. The others wait until it is known that they are not too many.
+    """
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:
-        if is_token_ids(value):
+        if type(value[0]) is int:
             return [value]
-        if all(isinstance(one, str) for one in value) or all(
-            isinstance(one, list) and is_token_ids(one) for one in value
-        ):
+        if all(isinstance(one, str) for one in value):
             return value
-    raise ValueError("must be a string, an array of strings, an array of token ids, or an array of those arrays")
+        if all(isinstance(one, list) and one and type(one[0]) is int for one in value):
+            return value
+    raise ValueError(PROMPT_SHAPES)
 
 
-def is_token_ids(value: list[Any]) -> bool:
-    return bool(value) and all(type(id) is int for id in value)
+def check_ids(ids: list[Any], vocabulary: int) -> None:
+    """At the speed of C: there may be as many as the context holds. Raises ApiError."""
+    if set(map(type, ids)) != {int}:
+        raise invalid(f"'prompt' {PROMPT_SHAPES}.", "prompt")
+    for id in (min(ids), max(ids)):
+        if not 0 <= id < vocabulary:
+            raise invalid(f"'prompt' holds {id}, which is no token id: they are 0 to {vocabulary - 1}.", "prompt")
 
 
 class CompletionRequest(GenerateRequest):
-    prompt: Annotated[list[Any], BeforeValidator(prompts)]  # each a str or a list[int]
+    prompt: Annotated[list[Any], BeforeValidator(prompts)]  # each a str or a list, whose first item is an int
     max_tokens: Annotated[int, null_means(16), Field(ge=0)] = 16
     echo: Annotated[bool, null_means(False)] = False
 
@@ -187,16 +224,23 @@ def parse_chat(body: dict[str, Any]) -> ChatRequest:
     return parse(ChatRequest, body)
 
 
-def parse_completion(body: dict[str, Any]) -> CompletionRequest:
+def parse_completion(body: dict[str, Any], max_prompts: int) -> CompletionRequest:
     """Raises ApiError with a sentence that names the field."""
+    check_number(body.get("prompt"), max_prompts)
     if body.get("logprobs") is not None:  # here a number, and 0 asks for the chosen token's
         raise not_offered("logprobs")
     return parse(CompletionRequest, body)
 
 
+def check_number(prompt: Any, most: int) -> None:
+    """Counted before any of them is looked at. An array of ids is one prompt."""
+    if isinstance(prompt, list) and len(prompt) > most and isinstance(prompt[0], str | list):
+        raise invalid(f"'prompt' takes at most {most} prompts in one request, not {len(prompt)}.", "prompt")
+
+
 def parse(shape: type[Parsed], body: dict[str, Any]) -> Parsed:
     for name in NEUTRAL.keys() & body.keys():
-        if body[name] not in NEUTRAL[name]:
+        if not is_neutral(body[name], NEUTRAL[name]):
             raise not_offered(name)
     if body.get("stream_options") is not None and not body.get("stream"):
         raise invalid("'stream_options' may only be set when 'stream' is true.", "stream_options")
@@ -204,6 +248,11 @@ def parse(shape: type[Parsed], body: dict[str, Any]) -> Parsed:
         return shape.model_validate(body)
     except ValidationError as error:
         raise described(error) from error
+
+
+def is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
+    """To Python `true` is 1; to a client it is not."""
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral)
 
 
 def not_offered(name: str) -> ApiError:
@@ -224,9 +273,9 @@ SENTENCES = {
     "dict_type": "must be an object",
     "model_type": "must be an object",
     "model_attributes_type": "must be an object",
-    "greater_than": "must be greater than {gt:g}",
-    "greater_than_equal": "must be at least {ge:g}",
-    "less_than_equal": "must be at most {le:g}",
+    "greater_than": "must be greater than {gt:.12g}",
+    "greater_than_equal": "must be at least {ge:.12g}",
+    "less_than_equal": "must be at most {le:.12g}",
     "too_short": "must not be empty",
     "string_too_short": "must not be empty",
     "finite_number": "must be a finite number",

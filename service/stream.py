@@ -228,6 +228,7 @@ class StreamedAnswer(Answer):
         self.after = shape.after_text
         self.transport = visit.wire.transport
         self.flow = visit.wire.flow
+        self.pinged_at = time.monotonic()
         self.pending: list[bytes] = []
         self.pending_bytes = 0
         self.direct = False  # started, and everything so far is written
@@ -301,10 +302,16 @@ class StreamedAnswer(Answer):
     async def sleep(self) -> None:
         """Until there is something to do. A client that hears nothing for long gets a comment, so that nobody hangs up."""
         try:
-            async with asyncio.timeout(self.config.ping_seconds):
+            async with asyncio.timeout(self.seconds_to_ping(time.monotonic())):
                 await self.wake.wait()
             self.wake.clear()
         except TimeoutError:
-            quiet_since = max(choice.last_at for choice in self.choices)
-            if time.monotonic() - quiet_since >= self.config.ping_seconds:
+            now = time.monotonic()
+            if self.seconds_to_ping(now) <= 0:  # else something was delivered in the meantime
+                self.pinged_at = now
                 self.put(PING)
+
+    def seconds_to_ping(self, now: float) -> float:
+        """Until it has been quiet for too long; deliveries wake nobody, so the one who sleeps has to look."""
+        quiet_since = max(self.pinged_at, *(choice.last_at for choice in self.choices))
+        return quiet_since + self.config.ping_seconds - now

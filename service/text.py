@@ -25,11 +25,13 @@ from service.detokenize import (
     TableRendering,
     WindowCharacters,
     is_byte_level,
+    longest_token,
 )
-from service.errors import invalid
+from service.errors import context_length_exceeded, invalid
 
 INLINE_CHARACTERS = 1024  # 0.15 to 0.19 ms of tokenizing; a hop to a thread and back costs 0.06 ms
 RENDER_INLINE_MESSAGES = 256
+DECODE_INLINE_TOKENS = 1024
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -91,9 +93,10 @@ class Text:
         self._tokenizer.no_padding()
         self._table = ByteTable(self._tokenizer) if is_byte_level(self._tokenizer) else None
         self._template = ChatTemplate(worker.chat_template, worker.special_tokens) if worker.chat_template else None
+        self._longest_token = longest_token(self._tokenizer)
         self.vocabulary = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
-    async def chat_prompt(self, messages: Messages) -> list[int]:
+    async def chat_prompt(self, messages: Messages, limit_tokens: int) -> list[int]:
         """The template writes the special tokens itself, so the tokenizer adds none.
 
         Like other servers we tokenize the rendered text as a whole: the text of a special token inside a message becomes
@@ -105,22 +108,40 @@ class Text:
             text = await asyncio.to_thread(self._template.render, messages)
         else:
             text = self._template.render(messages)
-        return await self._encode(text, add_special_tokens=False)
+        return await self._encode(text, limit_tokens, "messages", add_special_tokens=False)
 
-    async def prompt(self, text: str) -> list[int]:
+    async def prompt(self, text: str, limit_tokens: int) -> list[int]:
         """With the special tokens that the tokenizer itself puts around a text."""
-        return await self._encode(text, add_special_tokens=True)
+        return await self._encode(text, limit_tokens, "prompt", add_special_tokens=True)
 
-    async def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    async def _encode(self, text: str, limit_tokens: int, param: str, add_special_tokens: bool) -> list[int]:
+        """Raises ApiError when that would be `limit_tokens` or more."""
+        least_tokens = self._least_tokens(text)
+        if least_tokens >= limit_tokens:  # nobody waits until megabytes are tokenized, only to hear that
+            raise context_length_exceeded(least_tokens, limit_tokens, param, exactly=False)
         # only the batch calls release the interpreter lock: encode() in a thread stalls the loop 15 ms per 10,000 tokens.
         # They are also twice as fast, because this one keeps no offsets
         encode = functools.partial(self._tokenizer.encode_batch_fast, [text], add_special_tokens=add_special_tokens)
         batch = encode() if len(text) <= INLINE_CHARACTERS else await asyncio.to_thread(encode)
-        return list(batch[0].ids)
+        if len(batch[0]) >= limit_tokens:  # before millions of ids become a list
+            raise context_length_exceeded(len(batch[0]), limit_tokens, param)
+        ids: list[int] = batch[0].ids
+        return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """A prompt given as ids, as text (`echo`)."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+    def _least_tokens(self, text: str) -> int:
+        """A lower bound; 0 where none is known."""
+        if self._longest_token is None:
+            return 0
+        # NFC makes one character of at most four, and leaves ASCII as it is
+        characters = len(text) if text.isascii() else len(text) // 4
+        return characters // self._longest_token
+
+    async def decode(self, prompts: Sequence[Sequence[int]]) -> list[str]:
+        """Prompts given as ids, as text (`echo`)."""
+        decode = functools.partial(self._tokenizer.decode_batch, prompts, skip_special_tokens=True)
+        if sum(map(len, prompts)) <= DECODE_INLINE_TOKENS:
+            return list(decode())
+        return list(await asyncio.to_thread(decode))
 
     def rendering(self, stops: Sequence[str]) -> Rendering:
         """A fresh one per sequence."""

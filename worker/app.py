@@ -88,7 +88,7 @@ class EngineProcess(asyncio.Protocol):
         front, engine = link_pair()
         fd = engine.fileno()
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", self.module, str(fd), self._config.encode()),
+            *(sys.executable, "-P", "-m", self.module, str(fd), self._config.encode()),  # -P: nothing from this folder
             pass_fds=(fd,),
             stdin=asyncio.subprocess.DEVNULL,
         )

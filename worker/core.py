@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+import select
 import socket
 import sys
 import threading
@@ -49,7 +50,7 @@ class Stepper:
         self._link = link
         self._go = threading.Semaphore(0)
         self._plan = StepPlan()
-        self.began = 0.0  # of the step that runs; 0 when none does
+        self.began = 0.0  # of the step that runs, or of the last one
         self.ended = 0.0
         self.result: StepResult | None = None
         self.error: Exception | None = None
@@ -70,7 +71,7 @@ class Stepper:
             result, error = None, None
             try:
                 result = self._engine.run(self._plan)
-            except Exception as raised:  # every running request is told, see Core._run_engine
+            except Exception as raised:  # every running request is told, see Core.run_engine
                 error = raised
             self.ended = clock()
             self.result, self.error = result, error
@@ -214,6 +215,8 @@ class Core:
     def submit(self, ticket: int, body: bytes) -> None:
         try:
             request = Request.decode(body)
+            if max(request.prompt, default=0) >= self.gate.shape.vocabulary:
+                raise ValueError("a token id beyond the model's vocabulary")  # it would fail everybody's step
             eos = frozenset() if request.ignore_eos else self._eos_ids
             decision = self.gate.arrive(request.with_stop_ids(eos), clock())
         except ValueError:
@@ -251,9 +254,18 @@ class Core:
         self._told_at, self._changed = now, False
 
 
+def end_with(link_fd: int) -> None:
+    """Ends this process when the front is gone, also while a model is being loaded or a step computed."""
+    poll = select.poll()
+    poll.register(link_fd, 0)  # a hang-up is told without being asked for
+    poll.poll()
+    os._exit(0)
+
+
 def main(link_fd: int, config: WorkerConfig) -> None:
     """Runs until the front closes its end, which also ends a step that is being computed."""
     link = EngineLink(socket.socket(fileno=link_fd))
+    threading.Thread(target=end_with, args=(link_fd,), name="lifeline", daemon=True).start()
     try:
         try:
             built = build(config)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -181,6 +182,9 @@ class WorkerCollector(Collector):
             gauge = GaugeMetricFamily(f"headgate_{key}", help_text, labels=names)
             gauge.add_metric(values, gauges.get(key, 0.0))
             yield gauge
+        build = GaugeMetricFamily("headgate_build_info", "What runs.", labels=["component", "version", *names])
+        build.add_metric(["worker", version("headgate"), *values], 1.0)
+        yield build
         preemptions = CounterMetricFamily("headgate_preemptions", "KV caches dropped and recomputed.", labels=names)
         preemptions.add_metric(values, gauges.get("preemptions", 0.0))
         yield preemptions

@@ -68,7 +68,7 @@ class Server:
         self.output: list[str] = []
         clean = {name: value for name, value in os.environ.items() if not name.startswith("HEADGATE_")}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "headgate", "serve", "--port", "0", *arguments],
+            [sys.executable, "-P", "-m", "headgate", "serve", "--port", "0", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -42,7 +42,7 @@ def test_the_supervisor_imports_no_framework(module: str) -> None:
 
 
 def test_checking_the_model_imports_no_framework() -> None:
-    code = "from headgate import serve, settings\nserve.check_model(settings.read_settings({}, {{}}))"
+    code = "from headgate import serve, settings\nassert serve.model_faults(settings.read_settings({}, {{}})) == []"
     assert imported_by(code.format([])) == []
     assert imported_by(code.format(["--engine", "simulated"])) == []
 
@@ -59,6 +59,25 @@ def test_an_unknown_verb_is_a_sentence_and_status_2() -> None:
     done = headgate("sevre")
     assert done.returncode == 2
     assert done.stderr.startswith("headgate: there is no verb sevre\n")
+
+
+def test_faults_of_every_kind_come_in_one_message() -> None:
+    """Flags nobody knows, values, contradictions and a model that is not there."""
+    done = headgate("serve", "--prot", "1", "--kv-cache", "lots", "--host", "0.0.0.0", "--model", "no/such/model")
+    assert done.returncode == 2
+    for fault in ("--prot", "--kv-cache", "--host 0.0.0.0", "no/such/model"):
+        assert fault in done.stderr
+
+
+def test_a_host_that_is_no_address_is_a_sentence_about_the_host() -> None:
+    done = headgate("serve", "--insecure", "--host", "nosuch.invalid")
+    assert done.returncode == 2 and "choose another --host" in done.stderr
+
+
+def test_what_kubernetes_sets_beside_a_service_of_this_name_is_passed_over() -> None:
+    beside = {"HEADGATE_PORT": "tcp://10.0.0.1:80", "HEADGATE_PORT_80_TCP": "x", "HEADGATE_SERVICE_HOST": "10.0.0.1"}
+    done = headgate("serve", "--threads", "many", **beside)
+    assert "--threads" in done.stderr and "HEADGATE_" not in done.stderr
 
 
 def test_faults_are_one_message_on_stderr_and_status_2() -> None:

@@ -110,3 +110,25 @@ def test_delete_is_repeated_only_if_it_may_have_overtaken_the_request(with_token
         return pool.methods
 
     assert asyncio.run(submit()) == ["POST"] + ["DELETE"] * deletes
+
+
+def test_a_read_with_a_failure_keeps_everybodys_tokens_in_order():
+    """Steps with a failure are not merged; what a first token put off still comes before the next step."""
+
+    async def deliver():
+        client = make_client()
+        fresh, running, failing = Ear(), Ear(), Ear()
+        client._open, client._fresh = {1: fresh, 2: running, 3: failing}, {1}
+        client.deliver(
+            [
+                StepFrame(1, [1, 2], [1, 1], [10, 20]),
+                StepFrame(2, [2, 3, 1], [1 | Finish.LENGTH << 16, 2 | Finish.ERROR << 16, 1], [21, 0, 1000, 11]),
+            ]
+        )
+        await asyncio.sleep(0)  # what is still put off comes in the next turn of the loop
+        return fresh, running, failing
+
+    fresh, running, failing = asyncio.run(deliver())
+    assert fresh.heard == [([10], Finish.RUNNING), ([11], Finish.RUNNING)]
+    assert running.heard == [([20], Finish.RUNNING), ([21], Finish.LENGTH)]
+    assert failing.heard == [([0, 1000], Finish.ERROR)]

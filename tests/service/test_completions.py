@@ -117,13 +117,68 @@ def test_one_token_is_counted_as_one(gateway, ids):
 
 
 @pytest.mark.parametrize(
-    "prompt", ["", [], [[]], [1, "a"], [[1], "a"], [True], {"text": "a"}, 3, None, [-1], [10**9], [1.5], [[1], [10**9]]]
+    "prompt",
+    [
+        "",
+        [],
+        [[]],
+        [1, "a"],
+        [[1], "a"],
+        [True],
+        {"text": "a"},
+        3,
+        None,
+        [-1],
+        [10**9],
+        [1.5],
+        [[1], [10**9]],
+        [1, True],
+        [[1, 2.5]],
+    ],
 )
 def test_prompt_that_is_none_is_refused(gateway, prompt):
     """19 and 50."""
     response = gateway.post(PATH, prompt=prompt)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "prompt"
+
+
+@pytest.mark.parametrize("prompt", [["a"] * 129, [[1]] * 129, [["not even an id"]] * 129, ["a", None] * 70])
+def test_prompts_are_counted_before_they_are_read(gateway, prompt):
+    message = gateway.post(PATH, prompt=prompt).json()["error"]["message"]
+    assert message == f"'prompt' takes at most 128 prompts in one request, not {len(prompt)}."
+
+
+def test_ids_are_counted_before_they_are_read(gateway):
+    error = gateway.post(PATH, prompt=[1, "not an id"] * 10_000).json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+    assert "came to 20000 tokens" in error["message"]
+
+
+@pytest.mark.parametrize("letter", ["x", "é"])
+def test_text_that_cannot_fit_is_not_tokenized(gateway, letter):
+    """Every token covers so many characters at most: the sentence says what is known without counting."""
+    error = gateway.post(PATH, prompt=letter * 1_000_000).json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+    assert "came to at least" in error["message"]
+    error = gateway.post("/v1/chat/completions", messages=[{"role": "user", "content": letter * 1_000_000}]).json()[
+        "error"
+    ]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+    assert "came to at least" in error["message"]
+
+
+def test_text_that_might_fit_is_counted(gateway):
+    error = gateway.post(PATH, prompt="x" * 5000).json()["error"]
+    assert "came to 5000 tokens" in error["message"]
+
+
+def test_echo_of_long_id_prompts(gateway, ids):
+    """Decoded in a thread, in the order of the prompts."""
+    gateway.worker.script = ids.answer("!")
+    texts = ["hello world " * 200, "grüße " * 300]
+    choices = gateway.post(PATH, prompt=[ids.of(text) for text in texts], echo=True).json()["choices"]
+    assert [choice["text"] for choice in choices] == [text + "!" for text in texts]
 
 
 def test_too_many_prompts_are_refused(gateway):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import codecs
 import random
+from dataclasses import replace
 
 import pytest
+from gateway_under_test import build_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
@@ -21,7 +23,9 @@ from service.detokenize import (
     byte_alphabet,
     escape,
     is_byte_level,
+    longest_token,
 )
+from service.text import Text
 
 TRICKY = 'aé한😀👩‍👩‍👧日本\u0301 \n"\\\u2028\x00'
 texts = st.text(st.sampled_from(TRICKY), max_size=30)
@@ -178,3 +182,37 @@ def test_endless_garbage_does_not_pile_up(spaced):
 
 def test_byte_level_is_recognised(tokenizer):
     assert is_byte_level(tokenizer)
+
+
+def test_longest_token_is_known_for_byte_level(tokenizer):
+    assert longest_token(tokenizer) == max(map(len, tokenizer.get_vocab()))
+
+
+def sweeping():
+    """An added token that swallows the spaces in front of it, however many."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True)])
+    return tokenizer
+
+
+def shortening():
+    tokenizer = build_tokenizer()
+    tokenizer.normalizer = normalizers.Strip()
+    return tokenizer
+
+
+def words():
+    return Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+
+
+@pytest.mark.parametrize("build", [sweeping, shortening, words])
+def test_longest_token_is_unknown_where_text_may_vanish(build):
+    assert longest_token(build()) is None
+
+
+@pytest.mark.parametrize("character", ["a\u0323\u0302", "\u1112\u1161\u11ab", "\u03b1\u0313\u0300\u0345", "x"])
+def test_least_tokens_is_a_lower_bound_also_when_characters_are_composed(worker_info, character):
+    tokenizer = build_tokenizer()
+    tokenizer.normalizer = normalizers.NFC()
+    text = Text(replace(worker_info, tokenizer_json=tokenizer.to_str()))
+    assert 0 < text._least_tokens(character * 500) <= len(tokenizer.encode(character * 500).ids)

@@ -72,6 +72,8 @@ def test_drain_turns_newcomers_away_and_lets_streams_finish(child, ids, number):
         next(events)
         process.send_signal(number)
         gateway.wait_until(lambda: gateway.http.get("/v1/models").status_code == 503)
+        assert gateway.http.get("/readyz").status_code == 503
+        assert gateway.http.head("/readyz").status_code == 503
         with gateway.connect() as sock:
             sock.sendall(raw_post("/v1/chat/completions", {"model": "acme/tiny-chat"}))
             answer = sock.makefile("rb").read().lower()

@@ -79,6 +79,29 @@ def test_wrong_value_is_named(gateway, fields, param, stream):
     assert f"'{param}'" in error["message"]
 
 
+def test_bounds_are_said_as_they_are(gateway):
+    message = gateway.post(top_k=1 << 40).json()["error"]["message"]
+    assert message == "'top_k' must be at most 2147483647."
+    assert "at least -1." in gateway.post(top_k=-5).json()["error"]["message"]
+
+
+def test_too_many_messages_are_counted_and_not_read(gateway):
+    """What is wrong with the messages themselves is not even seen."""
+    response = gateway.post(messages=[None] * 4097)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == "'messages' takes at most 4096 messages, not 4097."
+    assert check_shape(response)["param"] == "messages"
+
+
+@pytest.mark.parametrize(("role", "status"), [("user", 200), ("king", 400)])
+def test_large_body_is_checked_like_a_small_one(gateways, role, status):
+    gateway = gateways(info={"context_tokens": 1 << 20, "max_prompt_tokens": 1 << 20})
+    response = gateway.post(messages=[{"role": role, "content": "x" * (300 << 10)}])
+    assert response.status_code == status, response.text
+    if status == 400:
+        assert check_shape(response)["param"] == "messages[0].role"
+
+
 @pytest.mark.parametrize("field", ["model", "messages"])
 def test_missing_field_is_named(gateway, field):
     """19."""
@@ -108,6 +131,14 @@ def test_missing_field_is_named(gateway, field):
         ("audio", {"voice": "alloy"}),
         ("prediction", {"type": "content", "content": "x"}),
         ("web_search_options", {}),
+        ("n", True),
+        ("presence_penalty", False),
+        ("min_p", 0.1),
+        ("repetition_penalty", 1.1),
+        ("min_tokens", 5),
+        ("stop_token_ids", [2]),
+        ("include_stop_str_in_output", True),
+        ("guided_json", {"type": "object"}),
     ],
 )
 def test_known_but_not_offered_is_refused_by_name(gateway, field, value):
@@ -129,6 +160,12 @@ def test_values_that_change_nothing_are_taken(gateway):
         "tool_choice": "none",
         "response_format": {"type": "text"},
         "modalities": ["text"],
+        "min_p": 0,
+        "repetition_penalty": 1.0,
+        "min_tokens": 0,
+        "stop_token_ids": None,
+        "bad_words": [],
+        "include_stop_str_in_output": False,
         "temperature": None,
         "top_p": None,
         "top_k": None,
@@ -234,12 +271,25 @@ def test_wrong_path_or_method_has_the_shape(gateway, method, path, status):
         assert response.headers["allow"]
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/v1/chat/completions", "/nowhere", "/healthz"])
-def test_head_has_no_body(gateway, path):
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/v1/models", 200),
+        ("/v1/models/acme/tiny-chat", 200),
+        ("/v1/models/acme/other", 404),
+        ("/healthz", 200),
+        ("/readyz", 200),
+        ("/metrics", 200),
+        ("/nowhere", 404),
+        ("/v1/chat/completions", 405),
+    ],
+)
+def test_head_is_get_without_the_body(gateway, path, status):
     """51."""
     response = gateway.http.head(path)
-    assert response.status_code in (200, 404, 405)
+    assert response.status_code == gateway.http.get(path).status_code == status
     assert response.content == b""
+    assert response.headers["content-type"] == gateway.http.get(path).headers["content-type"]
     assert gateway.http.get("/healthz").json() == {"status": "ok"}
 
 

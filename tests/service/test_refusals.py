@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import openai
 import pytest
 
 from scheduler.messages import Finish, Reason, Refuse, Wait
+from service.config import GatewayConfig
+from service.metrics import Metrics
+from service.stream import StreamedAnswer
 
 HELLO = [{"role": "user", "content": "hi"}]
 
@@ -133,3 +137,24 @@ def test_open_requests_are_bounded(gateways, ids):
         assert [list(events)[-1] for events in (one, two)] == ["[DONE]", "[DONE]"]
     gateway.worker.script = [[ids.end]]
     gateway.wait_until(lambda: gateway.post().status_code == 200)
+
+
+def test_ping_is_due_after_the_last_delivery_or_the_last_ping():
+    """5: never later, also when the deliveries came while the writer slept."""
+    order = SimpleNamespace(
+        requests=[SimpleNamespace(id=1), SimpleNamespace(id=2)],
+        prompt_tokens=2,
+        renderings=[None, None],
+        echoes=[b"", b""],
+        shape=SimpleNamespace(opening=lambda index: b"", after_text=b""),
+        include_usage=False,
+    )
+    visit = SimpleNamespace(model="m", tier="t", wire=SimpleNamespace(transport=None, flow=None))
+    config = GatewayConfig("/nowhere", ping_seconds=15.0)
+    answer = StreamedAnswer(visit, None, order, config, Metrics("0"))
+    answer.pinged_at = 100.0
+    assert answer.seconds_to_ping(104.0) == 11.0
+    answer.choices[0].last_at, answer.choices[1].last_at = 103.0, 110.0
+    assert answer.seconds_to_ping(115.0) == 10.0
+    answer.pinged_at = 125.0
+    assert answer.seconds_to_ping(125.0) == 15.0

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import openai
 import pytest
-from gateway_under_test import raw_post, read_events
+from gateway_under_test import join_deltas, raw_post, read_events
 
 from scheduler.messages import Accept, Finish, Reason, TokenEvent, encode_step, words_to_bytes
 
@@ -64,6 +64,31 @@ def test_error_of_one_request_ends_only_that_one(gateway, ids, finish):
             assert (json.loads(error)["error"]["code"], done) == ("worker_failed", "[DONE]")
             final, done = healthy
             assert (json.loads(final)["choices"][0]["finish_reason"], done) == ("stop", "[DONE]")
+
+
+def test_error_in_the_same_read_as_a_first_token_costs_the_others_nothing(gateway, ids):
+    """4: two steps in one read, the first with a first token, the second with a failure."""
+    gateway.worker.script = None
+    with gateway.stream() as running:
+        old = gateway.worker.next_request()
+        gateway.worker.emit(old, ids.of("a"))
+        shown = [next(running)]
+        with gateway.stream() as fresh:
+            new = gateway.worker.next_request()
+            with gateway.stream() as failing:
+                bad = gateway.worker.next_request()
+                gateway.worker.emit(bad, ids.of("a"))
+                next(failing)
+                error = TokenEvent(bad.key, [], Finish.ERROR, Reason.WORKER_FAILED, 0.0)
+                steps = [
+                    [TokenEvent(new.key, ids.of("x")), TokenEvent(old.key, ids.of("b"))],
+                    [TokenEvent(old.key, [*ids.of("c"), ids.end], Finish.STOP), error],
+                    [TokenEvent(new.key, [*ids.of("y"), ids.end], Finish.STOP)],
+                ]
+                gateway.worker.raw(b"".join(encode_step(number, events) for number, events in enumerate(steps)))
+                assert json.loads(next(failing))["error"]["code"] == "worker_failed"
+            assert join_deltas(list(fresh)[:-1]) == "xy"
+        assert join_deltas([*shown, *list(running)[:-1]]) == "abc"
 
 
 def test_sdk_raises_on_an_error_event(gateway, ids):

@@ -156,7 +156,7 @@ def test_labels_are_bounded_however_many_requests_there_were(meter: Meter) -> No
     meter.ended(ended())
     assert sum(len(family.samples) for family in rendered(meter).values()) == rows < 300
     assert {label for f in families.values() for s in f.samples for label in s.labels} == (
-        {"model", "worker", "tier", "finish", "cause", "decision", "reason", "le"}
+        {"model", "worker", "tier", "finish", "cause", "decision", "reason", "le", "component", "version"}
     )
 
 

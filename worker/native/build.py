@@ -42,6 +42,8 @@ def load(folder: Path, config: WorkerConfig) -> Native:
 
 
 def _kv_cache_bytes(folder: Path, config: WorkerConfig) -> int:
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {config.device}: torch sees no CUDA device here")
     on_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
     dtype = config.dtype if config.dtype != "auto" else "float32" if on_cpu else "bfloat16"
     shape = ModelShape.from_config(read_config(folder), config.model, dtype, dtype)
