@@ -104,6 +104,7 @@ class Worker:
         self._core = Core(EngineLink(link), built)
         self._core.meter = Recorder(built, errors)
         self._vocabulary = built.gate.shape.vocabulary
+        self._usual = Sampling(built.info.temperature, built.info.top_p, built.info.top_k)
         self._random = random.Random(0)
         self._ids = 0
 
@@ -143,7 +144,7 @@ class Worker:
     def _request(self, gateway: int, prompt_tokens: int, max_tokens: int) -> Request:
         self._ids += 1
         prompt = [self._random.randrange(self._vocabulary) for _ in range(prompt_tokens)]
-        return Request(self._ids, gateway, prompt, max_tokens, sampling=Sampling(seed=self._ids), ignore_eos=True)
+        return Request(self._ids, gateway, prompt, max_tokens, sampling=replace(self._usual, seed=self._ids), ignore_eos=True)
 
 
 def decode_load(worker: Worker, rng: random.Random) -> None:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from scheduler.admission import Load, room
 from scheduler.calibration import CostModel, fit_device
 from scheduler.gate import Gate, Limits
-from scheduler.messages import WorkerInfo
+from scheduler.messages import Sampling, WorkerInfo
 from scheduler.model import ModelShape
 from scheduler.roofline import decode_work
 from scheduler.tiers import Tier, default_tiers
@@ -82,7 +82,8 @@ def _build_native(config: WorkerConfig) -> Built:
     )
     shape = replace(native.shape, name=config.model)
     limits = _limits(config, shape)
-    timings = sweep(engine, shape, limits, int(engine.kv_cache_bytes / shape.kv_bytes(1)))
+    usual = Sampling(files.temperature, files.top_p, files.top_k)
+    timings = sweep(engine, shape, limits, int(engine.kv_cache_bytes / shape.kv_bytes(1)), usual)
     cost = CostModel(fit_device(native.device, shape, timings), shape)
     cost.prime(timings)
     name = config.served_name or (Path(config.model).name if Path(config.model).exists() else config.model)

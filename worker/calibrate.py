@@ -23,6 +23,7 @@ LONG_CHUNKS = (16, 64, 256)
 MIXES = ((4, 16), (8, 64), (16, 16), (32, 64))  # decodes and prompt tokens in one step
 SHORT, LONG = 32, 512  # tokens of context
 REPEATS = 5
+GREEDY = Sampling(temperature=0.0)
 SECONDS = 6.0  # for the whole sweep; larger steps are left out when it is spent
 
 
@@ -30,8 +31,15 @@ class Sweep:
     """Runs made-up sequences through an engine. Every sequence is gone from it at the end."""
 
     def __init__(
-        self, engine: Engine, shape: ModelShape, limits: Limits, capacity_tokens: int, clock: Callable[[], float]
+        self,
+        engine: Engine,
+        shape: ModelShape,
+        limits: Limits,
+        capacity_tokens: int,
+        sampling: Sampling,
+        clock: Callable[[], float],
     ) -> None:
+        self._sampling = sampling
         self._engine = engine
         self._shape = shape
         self._limits = limits
@@ -91,7 +99,7 @@ class Sweep:
     def _start(self, tokens: int) -> tuple[int, int]:
         self._keys += 1
         prompt = [self._random.randrange(self._shape.vocabulary) for _ in range(tokens)]
-        request = Request(self._keys, 0, prompt, max_tokens=REPEATS + 2, sampling=Sampling(temperature=0.0))
+        request = Request(self._keys, 0, prompt, max_tokens=REPEATS + 2, sampling=self._sampling)
         self._engine.run(StepPlan(start=(request,)))
         return request.key, tokens
 
@@ -104,9 +112,11 @@ class Sweep:
         self._engine.run(StepPlan(stop=tuple(keys)))
 
 
-def sweep(engine: Engine, shape: ModelShape, limits: Limits, capacity_tokens: int) -> list[Timing]:
-    """Timings of decode, prefill and mixed steps, at most about `SECONDS` in all."""
-    return Sweep(engine, shape, limits, capacity_tokens, time.perf_counter).run()
+def sweep(
+    engine: Engine, shape: ModelShape, limits: Limits, capacity_tokens: int, sampling: Sampling = GREEDY
+) -> list[Timing]:
+    """Timings of decode, prefill and mixed steps, at most about `SECONDS` in all, drawing as requests will usually draw."""
+    return Sweep(engine, shape, limits, capacity_tokens, sampling, time.perf_counter).run()
 
 
 def _spread(seconds: list[float], median: float) -> float:

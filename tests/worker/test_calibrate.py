@@ -12,7 +12,7 @@ from scheduler.gate import Limits
 from scheduler.hardware import CATALOGUE, Device
 from scheduler.model import SHAPES
 from scheduler.roofline import StepWork, step_cost, step_work
-from worker.calibrate import SECONDS, Sweep
+from worker.calibrate import GREEDY, SECONDS, Sweep
 from worker.engine import StepResult
 from worker.simulated import SimulatedEngine
 
@@ -56,7 +56,7 @@ def swept(
 ) -> tuple[Watched, list[Timing], Clock]:
     clock = Clock()
     engine = Watched(device, clock)
-    return engine, Sweep(engine, SHAPE, limits, capacity_tokens, clock).run(), clock
+    return engine, Sweep(engine, SHAPE, limits, capacity_tokens, GREEDY, clock).run(), clock
 
 
 def works() -> list[StepWork]:
