@@ -144,7 +144,9 @@ class Worker:
     def _request(self, gateway: int, prompt_tokens: int, max_tokens: int) -> Request:
         self._ids += 1
         prompt = [self._random.randrange(self._vocabulary) for _ in range(prompt_tokens)]
-        return Request(self._ids, gateway, prompt, max_tokens, sampling=replace(self._usual, seed=self._ids), ignore_eos=True)
+        return Request(
+            self._ids, gateway, prompt, max_tokens, sampling=replace(self._usual, seed=self._ids), ignore_eos=True
+        )
 
 
 def decode_load(worker: Worker, rng: random.Random) -> None:
