@@ -1,4 +1,4 @@
-"""The workers behind this gateway: what they serve, how they are, and which of them gets a request. One worker for now."""
+"""The workers behind this gateway: what they serve, how they are, and which of them gets a request. One worker so far."""
 
 from __future__ import annotations
 

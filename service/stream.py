@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -92,7 +93,7 @@ class Choice:
         self._answer.finish(self.index, text + rendering.end())
 
 
-class Answer(Response):
+class Answer(Response, ABC):
     """One HTTP answer. It ends exactly once: finished, failed, or abandoned."""
 
     def __init__(
@@ -144,13 +145,13 @@ class Answer(Response):
             self.begun = True
             self.metrics.ttft.of(self.visit.model, self.visit.tier).observe(now - self.visit.arrived_at)
 
+    @abstractmethod
     def show(self, index: int, text: bytes) -> None:
         """More text of a choice; may be empty."""
-        raise NotImplementedError
 
+    @abstractmethod
     def show_last(self, index: int, text: bytes) -> None:
         """The last text of a choice, which has its finish reason now."""
-        raise NotImplementedError
 
     def finish(self, index: int, text: bytes) -> None:
         self.client.withdraw(self.ids[index])  # without effect unless a stop string ended it

@@ -77,10 +77,9 @@ class EngineLink:
         self._rest = b""
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
-        self._poll = select.poll() if hasattr(select, "poll") else None
+        self._poll = select.poll()
         for fd in (self._link.fileno(), self._wake_read):
-            if self._poll is not None:
-                self._poll.register(fd, select.POLLIN)
+            self._poll.register(fd, select.POLLIN)
 
     def wake(self) -> None:
         """Ends a `wait` in another thread."""
@@ -88,10 +87,7 @@ class EngineLink:
 
     def wait(self, seconds: float | None) -> None:
         """Until a command arrives, `wake` is called or the time is over."""
-        if self._poll is not None:
-            ready = [fd for fd, _ in self._poll.poll(None if seconds is None else max(0.0, seconds * 1000))]
-        else:
-            ready = select.select([self._link.fileno(), self._wake_read], [], [], seconds)[0]
+        ready = [fd for fd, _ in self._poll.poll(None if seconds is None else max(0.0, seconds * 1000))]
         if self._wake_read in ready:
             os.read(self._wake_read, 4096)
 
