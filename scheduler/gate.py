@@ -289,7 +289,8 @@ class Gate:
         self.ledger.reserve(request.key, waiting.footprint_bytes)
         self.running[request.key] = sequence
         if sequence.generated:
-            request = replace(request, prompt=[*request.prompt, *sequence.generated])
+            prompt = [*request.prompt, *sequence.generated]
+            request = replace(request, prompt=prompt, resumed_tokens=len(sequence.generated))
         self._start.append(request)
         self._outlook = None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import IntEnum, StrEnum
 from typing import Any, NamedTuple
@@ -47,15 +47,28 @@ class Finish(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is drawn. Temperature 0 is greedy; top_k 0 and top_p 1 are off.
+    """How the next token is drawn. Temperature 0 is greedy; the defaults of the others are off.
 
-    A draw depends on (seed, position) alone, never on what else is in the batch.
+    A draw depends on (seed, position) and the sequence's own tokens alone, never on what else is in the batch.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    min_p: float = 0.0  # rules out what is less likely than this share of the likeliest token
+    repetition_penalty: float = 1.0  # logits of tokens in prompt or output: divided by it, below zero multiplied
+    presence_penalty: float = 0.0  # taken from the logits of tokens in the output
+    frequency_penalty: float = 0.0  # the same, for each time that they are there
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
+    min_tokens: int = 0  # of output, before a stop id can be drawn
+
+
+SAMPLING_DEFAULTS = asdict(Sampling())
+SAMPLING_CASTS: dict[str, Callable[[Any], Any]] = {
+    **{name: type(default) for name, default in SAMPLING_DEFAULTS.items()},
+    "logit_bias": lambda pairs: tuple((int(token), float(bias)) for token, bias in pairs),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +84,9 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     stop_ids: frozenset[int] = frozenset()  # generating one of these ends the sequence
     ignore_eos: bool = False
+    logprobs: int | None = None  # how many alternatives are told beside each token; None: no probabilities at all
+    prompt_logprobs: bool = False  # … also of the prompt's own tokens
+    resumed_tokens: int = 0  # so many at the end of the prompt are output of an earlier run; stays within a worker
 
     @property
     def key(self) -> int:
@@ -88,14 +104,18 @@ class Request:
             "max_tokens": self.max_tokens,
             "tier": self.tier,
             "tenant": self.tenant,
-            "temperature": self.sampling.temperature,
-            "top_p": self.sampling.top_p,
-            "top_k": self.sampling.top_k,
-            "seed": self.sampling.seed,
+            "sampling": self._sampling_head(),
             "stop_ids": sorted(self.stop_ids),
             "ignore_eos": self.ignore_eos,
+            "logprobs": self.logprobs,
+            "prompt_logprobs": self.prompt_logprobs,
         }
         return json.dumps(head).encode() + b"\n" + words_to_bytes(self.prompt)
+
+    def _sampling_head(self) -> dict[str, Any]:
+        """Only what differs from the defaults: most requests say little."""
+        sampling = self.sampling
+        return {name: value for name, off in SAMPLING_DEFAULTS.items() if (value := getattr(sampling, name)) != off}
 
     @classmethod
     def decode(cls, body: bytes) -> Request:
@@ -112,13 +132,13 @@ class Request:
                 max_tokens=int(head["max_tokens"]),
                 tier=str(head["tier"]),
                 tenant=str(head["tenant"]),
-                sampling=Sampling(
-                    float(head["temperature"]), float(head["top_p"]), int(head["top_k"]), int(head["seed"])
-                ),
+                sampling=Sampling(**{name: SAMPLING_CASTS[name](value) for name, value in head["sampling"].items()}),
                 stop_ids=frozenset(head["stop_ids"]),
                 ignore_eos=bool(head["ignore_eos"]),
+                logprobs=None if head["logprobs"] is None else int(head["logprobs"]),
+                prompt_logprobs=bool(head["prompt_logprobs"]),
             )
-        except (KeyError, TypeError, OverflowError) as error:
+        except (KeyError, TypeError, OverflowError, AttributeError) as error:
             raise ValueError(f"not a request: {error!r}") from error
 
 
@@ -173,20 +193,32 @@ def decode_decision(body: bytes) -> Decision:
     return decision
 
 
+Logprobs = Sequence[tuple[int, float]]
+"""Of one token: itself, then the likeliest of its place, each with the natural logarithm of its probability.
+
+The probabilities are the model's own, before penalties, biases, temperature and what else shapes the draw.
+"""
+
+
 class TokenEvent(NamedTuple):
-    """What one step (or one decision of the gate) brought for one request."""
+    """What one step (or one decision of the gate) brought for one request.
+
+    `logprobs`: one per token, where the request asks for them. Those of its prompt, from the second token on, come in
+    front of the first token's.
+    """
 
     key: int
     tokens: Sequence[int]
     finish: Finish = Finish.RUNNING
     reason: Reason | None = None
     retry_after_seconds: float = 0.0
+    logprobs: Sequence[Logprobs] = ()
 
 
 # --- frames -----------------------------------------------------------------------------------------------------------
 # A frame is little-endian uint32 words:  length | kind | step | n | id[n] | info[n] | token[...]
 # `length` counts the words after itself; info = number of tokens | finish << 16. Only STEP frames have the columns; the
-# payload of the others is JSON padded with spaces to whole words.
+# payload of the others is JSON padded with spaces to whole words. LOGPROBS come right before the step they belong to.
 
 
 MOST_WORD = 0xFFFFFFFF
@@ -195,6 +227,7 @@ MOST_WORD = 0xFFFFFFFF
 class Frame(IntEnum):
     STEP = 0
     SNAPSHOT = 1
+    LOGPROBS = 2
 
 
 def words_to_bytes(words: Sequence[int]) -> bytes:
@@ -206,12 +239,20 @@ def bytes_to_words(data: bytes) -> list[int]:
     return array("I", data).tolist()
 
 
+def encode_events(step: int, events: Sequence[TokenEvent]) -> bytes:
+    """The events of one gateway: a STEP frame, behind a LOGPROBS frame where any of them has some."""
+    rows = {event.key & 0xFFFFFFFF: event.logprobs for event in events if event.logprobs}
+    if not rows:
+        return encode_step(step, events)
+    return encode_json_frame(Frame.LOGPROBS, {"v": VERSION, "rows": rows}) + encode_step(step, events)
+
+
 def encode_step(step: int, events: Sequence[TokenEvent]) -> bytes:
     """One STEP frame with the events of one gateway."""
     ids: list[int] = []
     info: list[int] = []
     tokens: list[int] = []
-    for key, new, finish, reason, retry_after_seconds in events:
+    for key, new, finish, reason, retry_after_seconds, _ in events:
         if finish >= Finish.REFUSED:
             retry_ms = round(min(retry_after_seconds * 1000, MOST_WORD))
             new = [REASONS.index(reason or Reason.WORKER_FAILED), retry_ms]
@@ -322,9 +363,11 @@ class WorkerInfo:
     engine: str  # native | simulated
     fingerprint: str
     coalesce_seconds: float = 0.0
-    temperature: float = 1.0  # this and the next two: how the model wants to be sampled where a client says nothing
+    temperature: float = 1.0  # this and the next four: how the model wants to be sampled where a client says nothing
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     def encode(self) -> bytes:
         return json.dumps({"v": VERSION, **asdict(self)}).encode()

@@ -19,6 +19,7 @@ from scheduler.messages import (
     Decision,
     Finish,
     FrameReader,
+    Logprobs,
     Reason,
     Refuse,
     Request,
@@ -48,6 +49,10 @@ class Receiver(Protocol):
 
     withdrawn: bool  # nobody wants its tokens any more
     last_at: float  # when its last tokens came; 0 before any
+
+    def take_logprobs(self, rows: Sequence[Logprobs]) -> None:
+        """Of tokens that are about to be taken. Must not wait."""
+        ...
 
     def take(self, ids: Sequence[int], finish: int, now: float) -> None:
         """Must not wait. From REFUSED on, `ids` holds [reason, retry-after in ms]."""
@@ -205,6 +210,8 @@ class WorkerClient:
                 steps.append(frame)
             elif frame["kind"] == "snapshot":
                 self.snapshot, self.snapshot_at = Snapshot.from_json(frame), time.monotonic()
+            elif frame["kind"] == "logprobs":
+                self._deal_logprobs(frame["rows"])
         if len(steps) > 1 and not any(map(has_failure, steps)):
             steps = [merge(steps)]
         for step in steps:
@@ -213,6 +220,12 @@ class WorkerClient:
                 self._deal(step)
             else:
                 self._deal_first_tokens_first(step)
+
+    def _deal_logprobs(self, rows_of: dict[str, list[Logprobs]]) -> None:
+        for id, rows in rows_of.items():
+            receiver = self._open.get(int(id))
+            if receiver is not None:
+                receiver.take_logprobs(rows)
 
     def _deal_first_tokens_first(self, step: StepFrame) -> None:
         """A first token is written by its request's task; the others of the step follow when that task has run."""

@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from scheduler.messages import Decision, Finish, Refuse, Request
+from scheduler.messages import Decision, Finish, Logprobs, Refuse, Request
 from service.chunks import Shape
 from service.client import WorkerClient
 from service.config import GatewayConfig
@@ -64,6 +64,11 @@ class Choice:
         self._answer = answer
         self._rendering = rendering
         self._gaps = answer.gaps
+        self._logprobs: list[Logprobs] = []
+
+    def take_logprobs(self, rows: Sequence[Logprobs]) -> None:
+        """Of tokens that are about to be taken."""
+        self._logprobs += rows
 
     def take(self, ids: Sequence[int], finish: int, now: float) -> None:
         """What one delivery brought. Never waits."""

@@ -25,7 +25,7 @@ from scheduler.messages import (
     Request,
     TokenEvent,
     encode_decision,
-    encode_step,
+    encode_events,
     split_key,
     words_to_bytes,
 )
@@ -95,7 +95,7 @@ class Outbox:
             key = event.key
             held = self._held.setdefault(key >> 32, {})
             before = held.get(key)
-            held[key] = event if before is None else event._replace(tokens=[*before.tokens, *event.tokens])
+            held[key] = event if before is None else joined(before, event)
             if event.finish:
                 self._known.discard(key)
                 self._urgent = True
@@ -122,9 +122,16 @@ class Outbox:
         self._lines += 1
         for gateway, events in self._held.items():
             if events:
-                self._link.send(words_to_bytes([gateway]) + encode_step(self._lines, list(events.values())))
+                self._link.send(words_to_bytes([gateway]) + encode_events(self._lines, list(events.values())))
         self._held = {}
         self._sent_at, self._urgent = now, False
+
+
+def joined(before: TokenEvent, event: TokenEvent) -> TokenEvent:
+    return event._replace(
+        tokens=[*before.tokens, *event.tokens],
+        logprobs=[*before.logprobs, *event.logprobs] if before.logprobs else event.logprobs,
+    )
 
 
 class Core:
@@ -186,7 +193,7 @@ class Core:
         began, ended = self.stepper.began, self.stepper.ended
         outcome = self.gate.observe(result.tokens, ended - began, began - self._ready_at, clock())
         self._ready_at = ended
-        self.outbox.add(outcome.events)
+        self.outbox.add(with_logprobs(outcome.events, result) if result.logprobs else outcome.events)
         self.meter.step(outcome.report, ended)
         for one in outcome.ended:
             self.meter.ended(one)
@@ -215,7 +222,11 @@ class Core:
     def submit(self, ticket: int, body: bytes) -> None:
         try:
             request = Request.decode(body)
-            if max(request.prompt, default=0) >= self.gate.shape.vocabulary:
+            biased = [token for token, _ in request.sampling.logit_bias]
+            if (
+                max((*biased, max(request.prompt, default=0))) >= self.gate.shape.vocabulary
+                or min(biased, default=0) < 0
+            ):
                 raise ValueError("a token id beyond the model's vocabulary")  # it would fail everybody's step
             eos = frozenset() if request.ignore_eos else self._eos_ids
             decision = self.gate.arrive(request.with_stop_ids(eos), clock())
@@ -252,6 +263,16 @@ class Core:
         self.link.send(words_to_bytes([ALL]) + self.gate.snapshot(stalled).encode())
         self.link.send(encode_json_answer(Answer.METRICS, self.meter.state(now)))
         self._told_at, self._changed = now, False
+
+
+def with_logprobs(events: Sequence[TokenEvent], result: StepResult) -> list[TokenEvent]:
+    """The gate may have cut what was drawn, at a stop id or a limit: then the last ones have no token."""
+    told = []
+    for event in events:
+        rows = result.logprobs.get(event.key, ())
+        cut = len(result.tokens.get(event.key, ())) - len(event.tokens)
+        told.append(event._replace(logprobs=rows[: len(rows) - cut]) if event.tokens else event)
+    return told
 
 
 def end_with(link_fd: int) -> None:

@@ -10,13 +10,19 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from scheduler.batch import StepPlan
+from scheduler.messages import Logprobs
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Tokens by sequence key, for every entry of the plan with `delivers`. Normally one each."""
+    """Tokens by sequence key, for every entry of the plan with `delivers`. Normally one each.
+
+    `logprobs`: by key, one per token, for requests that ask for them; where a request wants its prompt's, they come in
+    front of those of its first token.
+    """
 
     tokens: dict[int, list[int]] = field(default_factory=dict)
+    logprobs: dict[int, list[Logprobs]] = field(default_factory=dict)
 
 
 class Engine(Protocol):

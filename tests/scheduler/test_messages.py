@@ -108,7 +108,7 @@ def test_a_request_of_another_version_is_refused_with_both_versions_named() -> N
         Request.decode(body_of({**head, "v": VERSION + 1}, prompt))
 
 
-@pytest.mark.parametrize("field", ["v", "id", "max_tokens", "tier", "seed", "stop_ids"])
+@pytest.mark.parametrize("field", ["v", "id", "max_tokens", "tier", "sampling", "stop_ids", "logprobs"])
 def test_a_request_without_a_field_is_a_value_error(field: str) -> None:
     head, prompt = head_of(REQUEST)
     del head[field]
