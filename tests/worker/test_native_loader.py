@@ -90,10 +90,10 @@ def test_what_reads_the_same_input_becomes_one_matrix(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     weights = load(tmp_path, CONFIG)
     parts = [tensors[f"model.layers.1.self_attn.{name}_proj.weight"] for name in "qkv"]
-    assert torch.equal(weights.layers[1].qkv, torch.cat(parts))
+    assert torch.equal(weights.layers[1].qkv.weight, torch.cat(parts))
     parts = [tensors[f"model.layers.1.mlp.{name}_proj.weight"] for name in ("gate", "up")]
-    assert torch.equal(weights.layers[1].gate_up, torch.cat(parts))
-    assert torch.equal(weights.head, tensors["lm_head.weight"])
+    assert torch.equal(weights.layers[1].gate_up.weight, torch.cat(parts))
+    assert torch.equal(weights.head.weight, tensors["lm_head.weight"])
     assert sum(t.numel() for t in weights.tensors()) == sum(t.numel() for t in tensors.values())
 
 
@@ -107,7 +107,7 @@ def test_sharded_checkpoint_is_the_same_as_a_whole_one(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     weights = load(tmp_path, CONFIG)
     assert torch.equal(weights.embedding, tensors["model.embed_tokens.weight"])
-    assert torch.equal(weights.layers[0].down, tensors["model.layers.0.mlp.down_proj.weight"])
+    assert torch.equal(weights.layers[0].down.weight, tensors["model.layers.0.mlp.down_proj.weight"])
     (tmp_path / "b.safetensors").unlink()
     with pytest.raises(ValueError, match=r"lacks b\.safetensors"):
         load(tmp_path, CONFIG)
@@ -118,7 +118,7 @@ def test_bfloat16_checkpoint_is_exact_in_float32(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     weights = load(tmp_path, CONFIG)
     assert weights.norm.dtype == torch.float32
-    assert torch.equal(weights.layers[0].o, tensors["model.layers.0.self_attn.o_proj.weight"].float())
+    assert torch.equal(weights.layers[0].o.weight, tensors["model.layers.0.self_attn.o_proj.weight"].float())
     with Checkpoint(tmp_path) as checkpoint:
         assert checkpoint.dtype("model.norm.weight") == "bfloat16"
 
@@ -142,7 +142,7 @@ def test_a_second_copy_of_a_tied_head_and_stored_frequencies_do_no_harm(tmp_path
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
     save_file(tensors, tmp_path / "model.safetensors")
     weights = load(tmp_path, tied)
-    assert weights.head is weights.embedding
+    assert weights.head.weight is weights.embedding
     assert torch.equal(weights.embedding, tensors["model.embed_tokens.weight"])
 
 

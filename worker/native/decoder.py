@@ -35,7 +35,7 @@ class Decoder:
             return None
         if inputs.outputs is not None:
             x = x.index_select(0, inputs.outputs)
-        return F.linear(self._norm(x, self.weights.norm), self.weights.head)
+        return self.weights.head(self._norm(x, self.weights.norm))
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.config.eps)
@@ -44,7 +44,7 @@ class Decoder:
         self, index: int, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor, inputs: StepInputs
     ) -> Tensor:
         heads, kv_heads = self.config.heads, self.config.kv_heads
-        qkv = F.linear(self._norm(x, layer.attention_norm), layer.qkv, layer.qkv_bias)
+        qkv = layer.qkv(self._norm(x, layer.attention_norm))
         qkv = qkv.view(len(x), -1, self.config.head_dim)  # [rows, heads + 2 * kv_heads, head_dim]
         qk = qkv[:, : heads + kv_heads]
         if layer.qk_norm is not None:
@@ -54,11 +54,11 @@ class Decoder:
         pages = self.cache.layers[index]
         parts = [attend(qkv[read.start : read.stop, :heads], pages, read) for read in inputs.reads]
         attended = parts[0] if len(parts) == 1 else torch.cat(parts)  # [rows, heads * head_dim]
-        return F.linear(attended, layer.o, layer.o_bias)
+        return layer.o(attended)
 
     def _mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
-        gate, up = F.linear(self._norm(x, layer.mlp_norm), layer.gate_up, layer.gate_up_bias).chunk(2, -1)
-        return F.linear(F.silu(gate).mul_(up), layer.down, layer.down_bias)
+        gate, up = layer.gate_up(self._norm(x, layer.mlp_norm)).chunk(2, -1)
+        return layer.down(F.silu(gate).mul_(up))
 
 
 def attend(q: Tensor, pages: Tensor, read: Read) -> Tensor:

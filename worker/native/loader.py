@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from worker.native.config import DecoderConfig
+from worker.native.linear import Linear
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -24,32 +25,35 @@ class LayerWeights:
     """One layer. What reads the same input is one matrix: q, k and v; gate and up."""
 
     attention_norm: Tensor  # [hidden]
-    qkv: Tensor  # [(heads + 2 * kv_heads) * head_dim, hidden]
-    qkv_bias: Tensor | None
+    qkv: Linear  # hidden -> (heads + 2 * kv_heads) * head_dim
     qk_norm: Tensor | None  # [heads + kv_heads, head_dim]
-    o: Tensor  # [hidden, heads * head_dim]
-    o_bias: Tensor | None
+    o: Linear  # heads * head_dim -> hidden
     mlp_norm: Tensor  # [hidden]
-    gate_up: Tensor  # [2 * intermediate, hidden]
-    gate_up_bias: Tensor | None
-    down: Tensor  # [hidden, intermediate]
-    down_bias: Tensor | None
+    gate_up: Linear  # hidden -> 2 * intermediate
+    down: Linear  # intermediate -> hidden
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """All weights of a decoder; with a tied head, `head` is `embedding`."""
+    """All weights of a decoder; with a tied head, `head` multiplies with `embedding`."""
 
     embedding: Tensor  # [vocab, hidden]
     layers: tuple[LayerWeights, ...]
     norm: Tensor  # [hidden]
-    head: Tensor  # [vocab, hidden]
+    head: Linear  # hidden -> vocab
 
     def tensors(self) -> list[Tensor]:
         """Every tensor once."""
-        ends = [self.embedding, self.norm] + ([] if self.head is self.embedding else [self.head])
-        parts = [getattr(layer, part.name) for layer in self.layers for part in fields(layer)]
-        return ends + [part for part in parts if part is not None]
+        parts: list[Any] = [self.embedding, self.norm, self.head]
+        parts += [getattr(layer, part.name) for layer in self.layers for part in fields(layer)]
+        found = [tensor for part in parts for tensor in _tensors(part)]
+        return list({id(tensor): tensor for tensor in found}.values())
+
+
+def _tensors(part: Linear | Tensor | None) -> list[Tensor]:
+    if part is None:
+        return []
+    return part.tensors() if isinstance(part, Linear) else [part]
 
 
 def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -161,32 +165,24 @@ def load_weights(checkpoint: Checkpoint, config: DecoderConfig, device: torch.de
         embedding=embedding,
         layers=tuple(_load_layer(reader, config, f"model.layers.{i}") for i in range(config.layers)),
         norm=reader.stack("model.norm.weight"),
-        head=embedding if config.tied_head else reader.matrix("lm_head.weight"),
+        head=Linear(embedding if config.tied_head else reader.matrix("lm_head.weight")),
     )
 
 
 def _load_layer(reader: _Reader, config: DecoderConfig, prefix: str) -> LayerWeights:
-    def linear(bias: bool, *modules: str) -> tuple[Tensor, Tensor | None]:
+    def linear(bias: bool, *modules: str) -> Linear:
         names = [f"{prefix}.{module}" for module in modules]
         weight = reader.matrix(*(f"{name}.weight" for name in names))
-        return weight, reader.stack(*(f"{name}.bias" for name in names)) if bias else None
+        return Linear(weight, reader.stack(*(f"{name}.bias" for name in names)) if bias else None)
 
-    qkv, qkv_bias = linear(config.attention_bias, *(f"self_attn.{name}_proj" for name in "qkv"))
-    o, o_bias = linear(config.attention_bias, "self_attn.o_proj")
-    gate_up, gate_up_bias = linear(config.mlp_bias, "mlp.gate_proj", "mlp.up_proj")
-    down, down_bias = linear(config.mlp_bias, "mlp.down_proj")
     return LayerWeights(
         attention_norm=reader.stack(f"{prefix}.input_layernorm.weight"),
-        qkv=qkv,
-        qkv_bias=qkv_bias,
+        qkv=linear(config.attention_bias, *(f"self_attn.{name}_proj" for name in "qkv")),
         qk_norm=_head_norms(reader, config, prefix) if config.qk_norm else None,
-        o=o,
-        o_bias=o_bias,
+        o=linear(config.attention_bias, "self_attn.o_proj"),
         mlp_norm=reader.stack(f"{prefix}.post_attention_layernorm.weight"),
-        gate_up=gate_up,
-        gate_up_bias=gate_up_bias,
-        down=down,
-        down_bias=down_bias,
+        gate_up=linear(config.mlp_bias, "mlp.gate_proj", "mlp.up_proj"),
+        down=linear(config.mlp_bias, "mlp.down_proj"),
     )
 
 
