@@ -5,7 +5,7 @@ ARGS ?=
 OPTIONS := $(if $(filter command,$(origin HOST)),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(if $(MODEL),--model $(MODEL))
 BIN := .venv/bin
 
-.PHONY: serve test check format bench clean
+.PHONY: serve test check format bench bench-engine clean
 
 serve: .venv/serve.stamp
 	@exec $(BIN)/headgate serve $(OPTIONS) $(ARGS)
@@ -25,6 +25,9 @@ format: .venv/dev.stamp
 bench: .venv/dev.stamp
 	@$(BIN)/python -m benchmarks $(ARGS)
 
+bench-engine: .venv/dev.stamp .venv/bench.stamp
+	@$(BIN)/python -m benchmarks engine
+
 .venv/serve.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) deploy/venv.py .venv
 	@touch $@
@@ -32,6 +35,10 @@ bench: .venv/dev.stamp
 .venv/dev.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) deploy/venv.py .venv dev
 	@touch $@ .venv/serve.stamp
+
+# engines to compare with: where they cannot be installed, the run goes on and says so
+.venv/bench.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) deploy/venv.py .venv bench && touch $@ || true
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

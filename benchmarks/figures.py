@@ -20,7 +20,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One measured quantity. Smaller is better for all that have a target."""
+    """One measured quantity. A target is the most it may be, or the least where `at_least` says so."""
 
     name: str
     unit: str
@@ -28,17 +28,21 @@ class Figure:
     low: float  # of the rounds
     high: float
     target: float | None = None
+    at_least: bool = False
 
     @property
     def verdict(self) -> str:
         if self.target is None:
             return ""
-        return "met" if self.value <= self.target else "missed"
+        met = self.value >= self.target if self.at_least else self.value <= self.target
+        return "met" if met else "missed"
 
 
-def over_rounds(name: str, unit: str, rounds: Sequence[float], target: float | None = None) -> Figure:
+def over_rounds(
+    name: str, unit: str, rounds: Sequence[float], target: float | None = None, at_least: bool = False
+) -> Figure:
     """The median round, and the extremes as its spread."""
-    return Figure(name, unit, statistics.median(rounds), min(rounds), max(rounds), target)
+    return Figure(name, unit, statistics.median(rounds), min(rounds), max(rounds), target, at_least)
 
 
 def single(name: str, unit: str, value: float, target: float | None = None) -> Figure:

@@ -25,7 +25,8 @@ from tokenizers import Tokenizer
 from benchmarks.figures import Figure, over_rounds, print_table, save
 from benchmarks.load import Connection, Reply, begun, chat_request, clock, connect_all, ended, get
 from benchmarks.serving import Server, Serving, Sightings
-from worker.files import DEMO, find_model, read_tokenizer
+from worker.files import DEMO, find_model
+from worker.tokenizer import read_tokenizer
 
 ROUNDS = 4
 STREAMS = 64

@@ -39,13 +39,16 @@ def main(arguments: Sequence[str]) -> int:
 
 def model_faults(settings: Settings) -> list[str]:
     """Whether model and hardware can be found, as far as that is known without loading or downloading anything."""
-    from worker.files import ModelNotFound, find_local_model
+    from worker.files import ModelNotFound, find_config, find_local_model
     from worker.simulated import find_device, find_shape
 
-    simulated: list[tuple[Callable[[str], object], str]]
-    simulated = [(find_device, settings.hardware), (find_shape, settings.model)]
+    needed: list[tuple[Callable[[str], object], str]] = [(find_local_model, settings.model)]
+    if settings.engine == "simulated":
+        needed = [(find_device, settings.hardware), (find_shape, settings.model)]
+    elif settings.random_weights:
+        needed = [(find_config, settings.random_weights)]
     faults = []
-    for find, name in simulated if settings.engine == "simulated" else [(find_local_model, settings.model)]:
+    for find, name in needed:
         try:
             find(name)
         except (ValueError, ModelNotFound) as error:

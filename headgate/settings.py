@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 PREFIX = "HEADGATE_"
+DEFAULT_MODEL = "headgate-demo"
 
 
 class Fault(ValueError):
@@ -107,9 +108,18 @@ OPTIONS = {
             "model",
             "NAME",
             _text,
-            "headgate-demo",
-            "The model that ships (headgate-demo), a folder with a checkpoint in Hugging Face form, or a hub id "
-            "(OWNER/NAME), which is downloaded. For the simulated engine: the name of a shape, such as llama-3.1-8b.",
+            DEFAULT_MODEL,
+            "A model that ships (headgate-demo; wall and llama-3.2-1b, which have random weights), a folder with a "
+            "checkpoint in Hugging Face form, or a hub id (OWNER/NAME or OWNER/NAME@REVISION), which is downloaded. For "
+            "the simulated engine: the name of a shape, such as llama-3.1-8b.",
+        ),
+        Option(
+            "random_weights",
+            "CONFIG",
+            str,
+            "",
+            "Instead of --model: a config.json, or a folder that holds one. It is served with weights made up on the "
+            "spot: speed and memory are those of the model, the text is random.",
         ),
         Option(
             "served_name",
@@ -148,7 +158,8 @@ OPTIONS = {
             "NAME",
             _one_of("auto", "float32", "bfloat16", "float16"),
             "auto",
-            "The number format of weights and KV cache. auto is float32 on a CPU and the checkpoint's own on a GPU.",
+            "The number format of weights and KV cache. auto is the checkpoint's own; on a CPU bfloat16 for any of 16 bits, "
+            "but float32 where the weights fit a cache or the CPU has no fast arithmetic of 16 bits.",
         ),
         Option(
             "threads",
@@ -216,6 +227,7 @@ class Settings:
     """The checked values; one attribute per option."""
 
     model: str
+    random_weights: str
     served_name: str
     engine: str
     hardware: str
@@ -318,6 +330,10 @@ def _contradictions(settings: Settings) -> list[str]:
         )
     if settings.engine == "simulated" and settings.device != "auto":
         faults.append(f"--device {settings.device}: the simulated engine computes nothing; choose --hardware")
+    if settings.random_weights and settings.model != DEFAULT_MODEL:
+        faults.append(f"--random-weights {settings.random_weights} stands for --model {settings.model}: give only one")
+    if settings.random_weights and settings.engine == "simulated":
+        faults.append("--random-weights: the simulated engine has no weights; its model is the name of a shape")
     return faults
 
 
@@ -360,5 +376,7 @@ TOML file (kv_cache = "4GiB"). The command line wins over the environment, the e
 examples:
   headgate serve
   headgate serve --model ./Qwen3-0.6B --port 9000
+  headgate serve --model wall
+  headgate serve --random-weights ./Qwen3-0.6B/config.json
   headgate serve --engine simulated --hardware h200 --model llama-3.1-70b
 """

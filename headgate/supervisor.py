@@ -75,7 +75,7 @@ class Supervisor:
         self._signalled_at = 0.0
 
     def run(self) -> int:
-        """The exit status: 0 after a drain, 1 when the worker could not start."""
+        """The exit status: 0 after a drain, 2 when the worker could not start as it is told to, 1 when it failed at it."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: self._events.put(self._signalled))
         self._launch(self._worker)
@@ -93,6 +93,7 @@ class Supervisor:
         s = self._settings
         config = WorkerConfig(
             model=s.model,
+            random_weights=s.random_weights,
             served_name=s.served_name,
             engine=s.engine,
             hardware=s.hardware,
@@ -134,7 +135,7 @@ class Supervisor:
         if child.process is not process or self._signals:
             return
         if child is self._worker and not self._was_ready and process.returncode > 0:
-            self._give_up()
+            self._give_up(process.returncode)
             return
         if time.monotonic() - child.started_at > STEADY_SECONDS:
             child.backoff_seconds = FIRST_BACKOFF_SECONDS
@@ -148,11 +149,11 @@ class Supervisor:
         if child.process is ended and not self._signals:
             self._launch(child)
 
-    def _give_up(self) -> None:
+    def _give_up(self, status: int) -> None:
         """The worker said why it cannot start; another try would fail alike."""
         self._signals += 1
         self._end(self._gateway, 0.0)
-        self._status = 1
+        self._status = status
 
     # --- the end ------------------------------------------------------------------------------------------------------
 

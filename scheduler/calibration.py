@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from scheduler.hardware import Device
 from scheduler.model import ModelShape
-from scheduler.roofline import StepCost, StepWork, mix, ridge_tokens, step_cost
+from scheduler.roofline import Limit, StepCost, StepWork, ridge_tokens, step_cost
 
 Array = NDArray[np.float64]
 
@@ -50,6 +50,7 @@ class CostModel:
         self.shape = shape
         self.margin = margin
         self.ridge = ridge_tokens(device, shape)
+        self.limit = Limit(device, shape)
         self.steps = 0
         self._log_gain = 0.0
         self._log_cells: dict[tuple[int, int], float] = {}
@@ -58,6 +59,8 @@ class CostModel:
 
     def prime(self, timings: Sequence[Timing]) -> None:
         """Takes the sweep's remaining errors as the first corrections, and their mean as the first margin."""
+        for timing in timings:
+            self.limit.observe(timing.work, timing.seconds)
         errors = [math.log(timing.seconds / self.cost(timing.work).seconds) for timing in timings]
         for timing, error in zip(timings, errors, strict=True):
             self._log_cells[_cell(timing.work, self.shape)] = min(CELL_CLIP, max(-CELL_CLIP, error))
@@ -79,6 +82,7 @@ class CostModel:
 
     def observe(self, work: StepWork, seconds: float) -> float:
         """Takes in a measured step and returns the log error its prediction had."""
+        self.limit.observe(work, seconds)
         error = math.log(seconds / self.seconds(work))
         self._errors.append(abs(error))
         self.steps += 1
@@ -114,6 +118,9 @@ def _cell(work: StepWork, shape: ModelShape) -> tuple[int, int]:
 
 FLOPS_SHARES = np.geomspace(0.005, 2.0, 49)
 WEIGHT_SHARES = (1.0, 0.7, 0.5, 0.35, 1.4, 2.0, 3.0)  # the first is the prior: a share above 1 means the probe was low
+# In units of the device's bandwidth and peak: what KV and attention cost where no timing tells. The weight is small beside
+# any step of which they are a tenth, and large beside a sweep that had no time for long contexts.
+PRIOR_KV, PRIOR_ATTENTION, PRIOR_WEIGHT = 1 / 0.8, 1 / 0.5, 0.01
 OFF_PRIOR = 1.15  # how much better (in squared error) another weight share must be to be taken
 
 
@@ -124,32 +131,32 @@ def fit_device(device: Device, shape: ModelShape, timings: Sequence[Timing]) -> 
     seconds per sequence, KV bytes and attention operations, and none of them can be negative.
     """
     seconds = np.array([timing.seconds for timing in timings])
-    linear = np.array([_linear_features(device, shape, timing.work) for timing in timings])
-    best = (math.inf, 1.0, 1.0, np.zeros(4))
-    for weight_share in WEIGHT_SHARES:
-        for flops_share in FLOPS_SHARES:
-            base = np.array([_mixed(device, shape, t.work, weight_share, flops_share) for t in timings])
-            error, values = _nonnegative_fit(linear / seconds[:, None], (seconds - base) / seconds)
-            if error * (OFF_PRIOR if weight_share != WEIGHT_SHARES[0] else 1.0) < best[0]:
-                best = (error, weight_share, float(flops_share), values)
-    _, weight_share, flops_share, (host, per_sequence, per_kv, per_attention) = best
+    weights, arithmetic = np.array([_overlapping(device, shape, timing.work) for timing in timings]).T
+    shares = np.array([(weight, flops) for weight in WEIGHT_SHARES for flops in FLOPS_SHARES])
+    base = ((weights / shares[:, :1]) ** 4 + (arithmetic / shares[:, 1:]) ** 4) ** 0.25  # [shares, timings], as `mix`
+    linear = np.array([_linear_features(device, shape, timing.work) for timing in timings]) / seconds[:, None]
+    linear = np.vstack((linear, PRIOR_WEIGHT * np.eye(4)[2:]))
+    prior = np.broadcast_to(PRIOR_WEIGHT * np.array((PRIOR_KV, PRIOR_ATTENTION)), (len(shares), 2))
+    errors, values = _nonnegative_fit(linear, np.hstack(((seconds - base) / seconds, prior)))
+    best = np.argmin(errors * np.where(shares[:, 0] == WEIGHT_SHARES[0], 1.0, OFF_PRIOR))
+    host, per_sequence, per_kv, per_attention = values[best]
     return replace(
         device,
         host_seconds=float(host),
         sequence_seconds=float(per_sequence),
         phase_seconds=0.0,  # not to be told from host seconds by timing whole steps
-        weight_share=weight_share,
-        flops_share=flops_share,
+        weight_share=float(shares[best, 0]),
+        flops_share=float(shares[best, 1]),
         kv_share=1 / max(float(per_kv), 1e-3),
         attention_share=1 / max(float(per_attention), 1e-3),
     )
 
 
-def _mixed(device: Device, shape: ModelShape, work: StepWork, weight_share: float, flops_share: float) -> float:
+def _overlapping(device: Device, shape: ModelShape, work: StepWork) -> tuple[float, float]:
+    """Seconds of reading the weights at full bandwidth, and of the matrix products at full peak."""
     bandwidth = device.level_for(shape.resident_bytes + work.kv_read_bytes).bytes_per_second
-    weights = shape.weight_bytes(work.query_tokens) / (bandwidth * weight_share)
     flops = shape.matmul_flops(work.query_tokens, work.sequences)
-    return mix(weights, flops / (device.flops_per_second * flops_share))
+    return shape.weight_bytes(work.query_tokens) / bandwidth, flops / device.flops_per_second
 
 
 def _linear_features(device: Device, shape: ModelShape, work: StepWork) -> tuple[float, float, float, float]:
@@ -158,19 +165,20 @@ def _linear_features(device: Device, shape: ModelShape, work: StepWork) -> tuple
     return 1.0, work.sequences, kv, work.attention_flops / device.flops_per_second
 
 
-def _nonnegative_fit(features: Array, target: Array) -> tuple[float, Array]:
-    """Least squares with no negative coefficient: the best of all subsets, which four columns allow to try."""
+def _nonnegative_fit(features: Array, targets: Array) -> tuple[Array, Array]:
+    """Least squares with no negative coefficient, for many targets [many, rows]: errors [many], values [many, columns].
+
+    The best of all subsets of columns, which four columns allow to try.
+    """
     columns = features.shape[1]
-    best_error, best = float(target @ target), np.zeros(columns)
+    least, best = np.square(targets).sum(1), np.zeros((len(targets), columns))
     for size in range(1, columns + 1):
         for subset in combinations(range(columns), size):
             chosen = features[:, subset]
-            values, *_ = np.linalg.lstsq(chosen, target, rcond=None)
-            if (values < 0).any():
-                continue
-            residual = target - chosen @ values
-            error = float(residual @ residual)
-            if error < best_error:
-                best_error, best = error, np.zeros(columns)
-                best[list(subset)] = values
-    return best_error, best
+            values = targets @ np.linalg.pinv(chosen).T
+            errors = np.square(targets - values @ chosen.T).sum(1)
+            better = (values >= 0).all(1) & (errors < least)
+            least[better] = errors[better]
+            best[better] = 0.0
+            best[np.ix_(better, subset)] = values[better]
+    return least, best

@@ -30,7 +30,7 @@ from scheduler.messages import (
 )
 from scheduler.model import ModelShape
 from scheduler.outlook import Outlook
-from scheduler.roofline import CAUSES, StepCost, limit_seconds, step_bytes, step_flops
+from scheduler.roofline import CAUSES, StepCost, step_bytes, step_flops
 from scheduler.sequence import Ended, Sequence, outcome
 from scheduler.tiers import Tier
 from scheduler.waiting import Waiting, WaitingList
@@ -379,7 +379,7 @@ class Gate:
             seconds=seconds_by_cause(cost, seconds, host_seconds),
             predicted_seconds=flight.predicted_seconds,
             measured_seconds=seconds + host_seconds,
-            limit_seconds=limit_seconds(self.cost.device, self.shape, work),
+            limit_seconds=self.cost.limit.seconds(work),
             budget_seconds=flight.filled.budget_seconds,
         )
 

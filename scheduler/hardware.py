@@ -39,6 +39,10 @@ class Device:
     flops_share: float = 1.0  # of peak, matrix products
     attention_share: float = 1.0  # of peak, attention over the context
     source: str = ""
+    # Told to people and to Prometheus, not used by any formula; empty where nothing was measured.
+    flops_per_dtype: tuple[tuple[str, float], ...] = ()
+    weights_bytes_per_second: float = 0.0  # reading the model's own weights
+    call_seconds: float = 0.0  # of the smallest operation: host time
 
     @property
     def memory(self) -> MemoryLevel:
@@ -51,8 +55,15 @@ class Device:
                 return level
         return self.memory
 
+    def raised(self, working_set_bytes: float, bytes_per_second: float, flops_per_second: float = 0.0) -> Device:
+        """This device, with these rates where they are above its own: those of the level that holds the working set."""
+        held = self.level_for(working_set_bytes)
+        faster = replace(held, bytes_per_second=max(held.bytes_per_second, bytes_per_second))
+        levels = tuple(faster if level is held else level for level in self.levels)
+        return replace(self, levels=levels, flops_per_second=max(self.flops_per_second, flops_per_second))
 
-_SERVING = {"weight_share": 0.93, "kv_share": 0.8, "flops_share": 0.9, "attention_share": 0.5}
+
+_SERVING: dict[str, Any] = {"weight_share": 0.93, "kv_share": 0.8, "flops_share": 0.9, "attention_share": 0.5}
 
 
 def _gpu(name: str, memory_gib: float, gb_per_second: float, l2_mib: float, tflops: float, source: str) -> Device:

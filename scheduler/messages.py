@@ -239,12 +239,12 @@ def bytes_to_words(data: bytes) -> list[int]:
     return array("I", data).tolist()
 
 
-def encode_events(step: int, events: Sequence[TokenEvent]) -> bytes:
-    """The events of one gateway: a STEP frame, behind a LOGPROBS frame where any of them has some."""
+def encode_events(step: int, events: Sequence[TokenEvent]) -> list[bytes]:
+    """The frames with the events of one gateway: a STEP, behind LOGPROBS where any of them has some."""
     rows = {event.key & 0xFFFFFFFF: event.logprobs for event in events if event.logprobs}
     if not rows:
-        return encode_step(step, events)
-    return encode_json_frame(Frame.LOGPROBS, {"v": VERSION, "rows": rows}) + encode_step(step, events)
+        return [encode_step(step, events)]
+    return [encode_json_frame(Frame.LOGPROBS, {"v": VERSION, "rows": rows}), encode_step(step, events)]
 
 
 def encode_step(step: int, events: Sequence[TokenEvent]) -> bytes:
@@ -368,6 +368,7 @@ class WorkerInfo:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    random_weights: bool = False  # the text says nothing
 
     def encode(self) -> bytes:
         return json.dumps({"v": VERSION, **asdict(self)}).encode()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
 
@@ -120,30 +118,6 @@ class ModelShape:
     def phases(self) -> int:
         """Kernel phases of a step: five fused ones a layer, and embedding, norm, head."""
         return 5 * self.layers + 3
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], name: str, weight_dtype: str, kv_dtype: str) -> ModelShape:
-        """From a Hugging Face config.json. Raises ValueError naming the field that is missing."""
-        try:
-            heads = int(config["num_attention_heads"])
-            return cls(
-                name=name,
-                layers=int(config["num_hidden_layers"]),
-                hidden=int(config["hidden_size"]),
-                heads=heads,
-                kv_heads=int(config.get("num_key_value_heads") or heads),
-                head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
-                intermediate=int(config.get("moe_intermediate_size") or config["intermediate_size"]),
-                vocabulary=int(config["vocab_size"]),
-                context_tokens=int(config.get("max_position_embeddings") or 4096),
-                weight_bytes_each=DTYPE_BYTES[weight_dtype],
-                kv_bytes_each=DTYPE_BYTES[kv_dtype],
-                tied_head=bool(config.get("tie_word_embeddings", False)),
-                experts=int(config.get("num_experts") or config.get("num_local_experts") or 0),
-                experts_per_token=int(config.get("num_experts_per_tok") or 0),
-            )
-        except KeyError as error:
-            raise ValueError(f"the model's config lacks {error}") from error
 
 
 SHAPES: dict[str, ModelShape] = {

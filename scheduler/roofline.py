@@ -120,9 +120,40 @@ def step_flops(shape: ModelShape, work: StepWork) -> float:
 
 def limit_seconds(device: Device, shape: ModelShape, work: StepWork) -> float:
     """What physics allows: all bytes at full bandwidth, or all operations at full peak, whichever takes longer."""
-    bytes_moved = sum(step_bytes(shape, work).values())
     level = device.level_for(shape.resident_bytes + work.kv_read_bytes)
-    return max(bytes_moved / level.bytes_per_second, step_flops(shape, work) / device.flops_per_second)
+    return max(_least_bytes(shape, work) / level.bytes_per_second, step_flops(shape, work) / device.flops_per_second)
+
+
+def _least_bytes(shape: ModelShape, work: StepWork) -> float:
+    """What the step cannot do without: one that draws no token does not read the head."""
+    unread = 0.0 if work.sequences else shape.head_parameters * shape.weight_bytes_each
+    return sum(step_bytes(shape, work).values()) - unread
+
+
+class Limit:
+    """What physics allows a step, by the highest rates seen in this run: by a probe at start, or by any own step.
+
+    `device` carries those rates; its shares play no part. A step faster than its limit shows that a probe was low.
+    """
+
+    def __init__(self, device: Device, shape: ModelShape) -> None:
+        self.device = device
+        self.shape = shape
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Of the memory level that holds the weights."""
+        return self.device.level_for(self.shape.resident_bytes).bytes_per_second
+
+    def seconds(self, work: StepWork) -> float:
+        return limit_seconds(self.device, self.shape, work)
+
+    def observe(self, work: StepWork, seconds: float) -> None:
+        """Takes in what a step took: the limit can never be slower than that."""
+        if seconds < self.seconds(work):
+            working_set = self.shape.resident_bytes + work.kv_read_bytes
+            bytes_moved, flops = _least_bytes(self.shape, work), step_flops(self.shape, work)
+            self.device = self.device.raised(working_set, bytes_moved / seconds, flops / seconds)
 
 
 def ridge_tokens(device: Device, shape: ModelShape, most: int = 8192) -> int:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import orjson
 
+NOTHING_TOLD = b'"logprobs":null'  # of the tokens of a choice
+
 
 @dataclass(frozen=True, slots=True)
 class Heading:
@@ -21,8 +23,9 @@ class Heading:
     fingerprint: str
     service_tier: str | None  # None: not mentioned
     include_usage: bool = False
+    prompt_ids: Sequence[int] | None = None  # told in the answer, or in the first chunk of its first choice
 
-    def fields(self, kind: str) -> bytes:
+    def fields(self, kind: str, is_first: bool) -> bytes:
         """The open JSON object, up to its choices."""
         fields: dict[str, object] = {
             "id": self.id,
@@ -33,6 +36,8 @@ class Heading:
         }
         if self.service_tier is not None:
             fields["service_tier"] = self.service_tier
+        if self.prompt_ids is not None and is_first:
+            fields["prompt_token_ids"] = self.prompt_ids
         return orjson.dumps(fields)[:-1]
 
 
@@ -43,19 +48,28 @@ class Shape:
     whole_object: str
     opening_format: bytes  # of a choice's first chunk, up to its text
     open_format: bytes  # of its later chunks, up to their text
-    close: bytes  # of a chunk's choice, after its text
+    close: bytes  # of a chunk's text, up to what is told of its tokens
     final_format: bytes
     whole_format: bytes
 
     def __init__(self, heading: Heading) -> None:
         self._heading = heading
-        self._event = b"data: " + heading.fields(self.chunk_object) + b',"choices":['
+        self._first_event = self._event_with(heading.fields(self.chunk_object, is_first=True))
+        self._event = self._event_with(heading.fields(self.chunk_object, is_first=False))
         self._end = b'],"usage":null}\n\n' if heading.include_usage else b"]}\n\n"
-        self.after_text = self.close + self._end
+        self.after_text = self.after(NOTHING_TOLD)
+
+    @staticmethod
+    def _event_with(fields: bytes) -> bytes:
+        return b"data: " + fields + b',"choices":['
+
+    def after(self, told: bytes) -> bytes:
+        """What follows the text of a chunk, with fields about its tokens."""
+        return self.close + told + b',"finish_reason":null}' + self._end
 
     def opening(self, index: int) -> bytes:
         """A choice's first chunk, up to its text."""
-        return self._event + self.opening_format % index
+        return (self._event if index else self._first_event) + self.opening_format % index
 
     def before_text(self, index: int) -> bytes:
         """A choice's later chunks, up to their text."""
@@ -68,10 +82,13 @@ class Shape:
     def usage_chunk(self, prompt_tokens: int, completion_tokens: int) -> bytes:
         return self._event + b'],"usage":' + usage(prompt_tokens, completion_tokens) + b"}\n\n"
 
-    def whole(self, choices: Sequence[tuple[bytes, str]], prompt_tokens: int, completion_tokens: int) -> bytes:
-        """The answer in one piece; per choice its text and finish reason."""
-        parts = [self.whole_format % (index, text, reason.encode()) for index, (text, reason) in enumerate(choices)]
-        head = self._heading.fields(self.whole_object) + b',"choices":['
+    def whole(self, choices: Sequence[tuple[bytes, bytes, str]], prompt_tokens: int, completion_tokens: int) -> bytes:
+        """The answer in one piece; per choice its text, fields about its tokens, and the finish reason."""
+        parts = [
+            self.whole_format % (index, text, told, reason.encode())
+            for index, (text, told, reason) in enumerate(choices)
+        ]
+        head = self._heading.fields(self.whole_object, is_first=True) + b',"choices":['
         return head + b",".join(parts) + b'],"usage":' + usage(prompt_tokens, completion_tokens) + b"}"
 
 
@@ -80,21 +97,18 @@ class ChatShape(Shape):
     whole_object = "chat.completion"
     opening_format = b'{"index":%d,"delta":{"role":"assistant","content":"'
     open_format = b'{"index":%d,"delta":{"content":"'
-    close = b'"},"logprobs":null,"finish_reason":null}'
+    close = b'"},'
     final_format = b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":"%b"}'
-    whole_format = (
-        b'{"index":%d,"message":{"role":"assistant","content":"%b","refusal":null},'
-        b'"logprobs":null,"finish_reason":"%b"}'
-    )
+    whole_format = b'{"index":%d,"message":{"role":"assistant","content":"%b","refusal":null},%b,"finish_reason":"%b"}'
 
 
 class CompletionShape(Shape):
     chunk_object = "text_completion"
     whole_object = "text_completion"
     opening_format = open_format = b'{"index":%d,"text":"'
-    close = b'","logprobs":null,"finish_reason":null}'
+    close = b'",'
     final_format = b'{"index":%d,"text":"","logprobs":null,"finish_reason":"%b"}'
-    whole_format = b'{"index":%d,"text":"%b","logprobs":null,"finish_reason":"%b"}'
+    whole_format = b'{"index":%d,"text":"%b",%b,"finish_reason":"%b"}'
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> bytes:

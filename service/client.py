@@ -127,6 +127,7 @@ class WorkerClient:
     ) -> None:
         self.gateway = gateway
         self.connected = False
+        self.fault = ""  # why the worker that is there cannot be used
         self.snapshot: Snapshot | None = None
         self.snapshot_at = 0.0
         self._path = path
@@ -294,7 +295,8 @@ class WorkerClient:
                 logger.warning("the step stream broke")
             except OSError as error:
                 logger.debug("no worker at its socket yet: %r", error)
-            except Exception:  # its word is of no use (tokenizer, template); no request is open, so ask again
+            except Exception as error:  # its word is of no use (tokenizer, template); no request is open, so ask again
+                self.fault = f"{error}" or repr(error)
                 logger.exception("the worker cannot be used")
             await asyncio.sleep(backoff_seconds)
             backoff_seconds = min(2 * backoff_seconds, LAST_BACKOFF_SECONDS)
@@ -308,7 +310,7 @@ class WorkerClient:
         await self._learn(WorkerInfo.decode(body))
         stream = await self._open_stream()
         try:
-            self.connected = True
+            self.connected, self.fault = True, ""
             while not stream.closed.done():
                 await asyncio.wait([stream.closed], timeout=1.0)
                 if time.monotonic() - stream.heard_at > SILENCE_SECONDS:

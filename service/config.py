@@ -16,7 +16,7 @@ class GatewayConfig:
         512 << 20
     )  # all bodies held at once, from their first byte until the worker has the prompt
     max_open_requests: int = 16384
-    max_prompts: int = 128  # in one call of /v1/completions
+    max_choices: int = 128  # answers that one call may ask for: prompts x n
     drain_seconds: float = 30.0
     ping_seconds: float = 15.0
     body_seconds: float = 30.0  # how long the next piece of a body may take

@@ -27,6 +27,11 @@ def escape(text: str) -> bytes:
 class Characters(Protocol):
     """Ids to whole characters."""
 
+    @property
+    def is_open(self) -> bool:
+        """The last id left a character unfinished."""
+        ...
+
     def add(self, ids: Sequence[int]) -> str: ...
 
 
@@ -123,6 +128,10 @@ class TableCharacters:
         self._table = table
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
+    @property
+    def is_open(self) -> bool:
+        return bool(self._decoder.getstate()[0])
+
     def add(self, ids: Sequence[int]) -> str:
         return self._decoder.decode(self._table.bytes_of(ids))
 
@@ -177,6 +186,7 @@ class WindowCharacters:
         self._tokenizer = tokenizer
         self._emitted: list[int] = []
         self._open: list[int] = []
+        self.is_open = False
 
     def add(self, ids: Sequence[int]) -> str:
         return "".join([self._step(id) for id in ids])
@@ -185,7 +195,8 @@ class WindowCharacters:
         self._open.append(id)
         before = self._tokenizer.decode(self._emitted, skip_special_tokens=True)
         after = self._tokenizer.decode(self._emitted + self._open, skip_special_tokens=True)
-        if len(after) <= len(before) or (after.endswith("\ufffd") and len(self._open) < WINDOW_LIMIT_TOKENS):
+        self.is_open = after.endswith("\ufffd") and len(self._open) < WINDOW_LIMIT_TOKENS
+        if len(after) <= len(before) or self.is_open:
             return ""
         self._emitted, self._open = self._open, []
         return after[len(before) :]
@@ -202,13 +213,15 @@ class StopFinder:
         self._longest = max(map(len, self._stops), default=0)
         self.held = ""
         self.found = False
+        self.cut = 0  # characters that were taken off at the end: the stop string and what came behind it
 
     def feed(self, text: str) -> str:
         text = self.held + text
         ends = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
         if ends:
-            self.found, self.held = True, ""
-            return text[: min(ends)[1]]
+            start = min(ends)[1]
+            self.found, self.held, self.cut = True, "", len(text) - start
+            return text[:start]
         keep = self._may_become_a_stop(text)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]
@@ -222,11 +235,15 @@ class StopFinder:
 
 
 class StopRendering:
-    """Any source of characters, with stop strings. Goes id by id, to know which one completed the stop."""
+    """Any source of characters, with stop strings. Goes id by id, to know which one completed the stop.
 
-    def __init__(self, characters: Characters, stops: Sequence[str]) -> None:
+    The text of the first `min_tokens` ids is not searched.
+    """
+
+    def __init__(self, characters: Characters, stops: Sequence[str], min_tokens: int = 0) -> None:
         self._characters = characters
         self._finder = StopFinder(stops)
+        self._unsearched = min_tokens
         self.stopped = False
         self.unused = 0
 
@@ -234,7 +251,10 @@ class StopRendering:
         shown = []
         for position, id in enumerate(ids, 1):
             text = self._characters.add((id,))
-            if text:
+            if self._unsearched:
+                self._unsearched -= 1
+                shown.append(text)
+            elif text:
                 shown.append(self._finder.feed(text))
                 if self._finder.found:
                     self.stopped = True
@@ -244,3 +264,64 @@ class StopRendering:
 
     def end(self) -> bytes:
         return escape(self._finder.held)
+
+
+# --- which id is where in the text ----------------------------------------------------------------------------------
+
+
+class TracedCharacters:
+    """Any source of characters, given one id at a time. Remembers what part of the text each of them says."""
+
+    def __init__(self, characters: Characters) -> None:
+        self._characters = characters
+        self.length = 0
+        self.starts: list[
+            int
+        ] = []  # per id: the place in the text of its first character, which another may have begun
+        self.ends: list[int] = []  # per id: how long the text is when nothing of it is missing
+
+    @property
+    def is_open(self) -> bool:
+        return self._characters.is_open
+
+    def add(self, ids: Sequence[int]) -> str:
+        text = self._characters.add(ids)
+        self.starts.append(self.length)
+        self.length += len(text)
+        self.ends.append(self.length + self._characters.is_open)
+        return text
+
+
+class TracedRendering(StopRendering):
+    """Knows also whose text has been shown."""
+
+    def __init__(self, characters: Characters, stops: Sequence[str], min_tokens: int = 0) -> None:
+        self._trace = TracedCharacters(characters)
+        super().__init__(self._trace, stops, min_tokens)
+        self._shown = 0  # ids
+        self._ended = False
+
+    @property
+    def starts(self) -> Sequence[int]:
+        return self._trace.starts
+
+    def shown(self) -> int:
+        """How many ids, from the first on, have all their text shown.
+
+        At the end these are all, also those of a character that stays open; at a stop string all that have any text in
+        front of it.
+        """
+        trace, finder = self._trace, self._finder
+        if self._ended:
+            return len(trace.starts)
+        length = trace.length - (finder.cut if self.stopped else len(finder.held))
+        while self._shown < len(trace.ends) and self._is_shown(self._shown, length):
+            self._shown += 1
+        return self._shown
+
+    def _is_shown(self, place: int, length: int) -> bool:
+        return self._trace.ends[place] <= length or (self.stopped and self._trace.starts[place] < length)
+
+    def end(self) -> bytes:
+        self._ended = not self.stopped
+        return super().end()

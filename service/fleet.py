@@ -73,6 +73,8 @@ class Fleet:
 
     def unready(self) -> str | None:
         """Why no token can be generated now; None when one can."""
+        if self._client.fault:
+            return f"the worker cannot be used: {self._client.fault}"
         if self._model is None:
             return "no worker has said yet what it serves"
         if not self._client.connected:

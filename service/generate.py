@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -15,14 +16,17 @@ from scheduler.messages import Request, Sampling, WorkerInfo
 from service.body import Bodies
 from service.chunks import Heading
 from service.config import GatewayConfig
+from service.detokenize import Rendering
 from service.door import VISIT, Visit
-from service.errors import context_length_exceeded
+from service.errors import context_length_exceeded, invalid
 from service.fleet import Fleet, Model
 from service.metrics import Metrics
-from service.schema import GenerateRequest, Parsed
-from service.stream import Answer, CollectedAnswer, Order, StreamedAnswer
+from service.schema import GenerateRequest, Parsed, check_ids
+from service.stream import Answer, CollectedAnswer, LoggedStream, Order, StreamedAnswer
 
 SEED_MASK = (1 << 63) - 1
+MAX_REPEATED_TOKENS = 1 << 20  # of prompts, times n: so many are copied, and may come back with every answer
+SEED_STEP = 0x9E3779B97F4A7C15  # between the seeds of a prompt's answers: far apart, whatever the first one is
 PARSE_INLINE_BYTES = 256 << 10  # many parts or messages, checked one by one in Python: a thread lets others run between
 
 
@@ -48,10 +52,12 @@ class Generator:
         model = self.fleet.model(body.model)
         visit.model = model.worker.model
         visit.tier = body.service_tier or "default"
+        check_against(model, body)
         return model
 
     def answer(self, visit: Visit, model: Model, order: Order, stream: bool) -> Answer:
-        kind = StreamedAnswer if stream else CollectedAnswer
+        streamed = LoggedStream if order.logs else StreamedAnswer
+        kind = streamed if stream else CollectedAnswer
         return kind(visit, model.client, order, self.config, self.metrics)
 
     async def submit(self, visit: Visit, answer: Answer, order: Order) -> Answer:
@@ -61,24 +67,41 @@ class Generator:
         return answer
 
 
+def check_against(model: Model, body: GenerateRequest) -> None:
+    """What only the model can tell of a body. Raises ApiError."""
+    check_ids(body.stop_token_ids, model.text.vocabulary, "stop_token_ids")
+    check_ids([id for id, _ in body.logit_bias], model.text.vocabulary, "logit_bias")
+    if body.alternatives is not None and model.worker.engine == "simulated":
+        raise invalid("'logprobs' needs a model: the simulated engine draws no tokens, it has no weights.", "logprobs")
+
+
 def limit_tokens(worker: WorkerInfo) -> int:
     """How many tokens a prompt and one more may have together."""
     return min(worker.context_tokens, worker.max_prompt_tokens + 1)
 
 
-def room(worker: WorkerInfo, prompt_tokens: int, wanted_tokens: int | None, param: str) -> int:
-    """How many tokens may be generated. Raises ApiError when the prompt leaves room for none."""
+def room(worker: WorkerInfo, prompt_tokens: int, wanted_tokens: int | None, param: str, min_tokens: int = 0) -> int:
+    """How many tokens may be generated. Raises ApiError when the prompt leaves room for none, or for too few."""
     limit = limit_tokens(worker)
     if prompt_tokens + 1 > limit:
         raise context_length_exceeded(prompt_tokens, limit, param)
     left = worker.context_tokens - prompt_tokens
-    return left if wanted_tokens is None else min(wanted_tokens, left)
+    most = left if wanted_tokens is None else min(wanted_tokens, left)
+    if min_tokens > most:
+        raise invalid(f"'min_tokens' is {min_tokens}, but no more than {most} tokens may be generated.", "min_tokens")
+    return most
 
 
 def requests_for(
     model: Model, body: GenerateRequest, tier: str, prompts: Sequence[tuple[Sequence[int], int]]
 ) -> list[Request]:
-    """One per prompt and its max_tokens."""
+    """`n` for each prompt and its max_tokens, one after the other. Raises ApiError when that is too much."""
+    repeated_tokens = body.n * sum(len(prompt) for prompt, _ in prompts)
+    if body.n > 1 and repeated_tokens > MAX_REPEATED_TOKENS:
+        raise invalid(
+            f"'n' asks for prompts of {repeated_tokens} tokens in all; together they may have {MAX_REPEATED_TOKENS}.",
+            "n",
+        )
     seed = random.getrandbits(63) if body.seed is None else body.seed & SEED_MASK
     worker = model.worker
     sampling = Sampling(
@@ -86,8 +109,15 @@ def requests_for(
         top_p=worker.top_p if body.top_p is None else body.top_p,
         top_k=worker.top_k if body.top_k is None else max(0, body.top_k),
         seed=seed,
+        min_p=worker.min_p if body.min_p is None else body.min_p,
+        repetition_penalty=worker.repetition_penalty if body.repetition_penalty is None else body.repetition_penalty,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        logit_bias=body.logit_bias,
+        min_tokens=body.min_tokens,
     )
-    stop_ids = frozenset(() if body.ignore_eos else worker.eos_ids)
+    samplings = [sampling, *(replace(sampling, seed=seed_of(seed, number)) for number in range(1, body.n))]
+    stop_ids = frozenset((*body.stop_token_ids, *(() if body.ignore_eos else worker.eos_ids)))
     return [
         Request(
             id=model.client.next_id(),
@@ -98,12 +128,31 @@ def requests_for(
             sampling=sampling,
             stop_ids=stop_ids,
             ignore_eos=body.ignore_eos,
+            logprobs=body.alternatives,
+            prompt_logprobs=body.alternatives is not None and body.begins_with_prompt,
         )
-        for prompt, max_tokens in prompts
+        for (prompt, max_tokens), sampling in itertools.product(prompts, samplings)
     ]
 
 
-def heading(prefix: str, model: Model, body: GenerateRequest, first: Request, tier: str | None) -> Heading:
+def seed_of(seed: int, number: int) -> int:
+    """Of a prompt's answer: the first one has the seed itself, as if it were the only one."""
+    return (seed + number * SEED_STEP) & SEED_MASK
+
+
+def renderings_for(model: Model, body: GenerateRequest, count: int) -> list[Rendering]:
+    make = model.text.traced_rendering if body.tells_of_tokens else model.text.rendering
+    return [make(body.stop, body.min_tokens) for _ in range(count)]
+
+
+def heading(
+    prefix: str,
+    model: Model,
+    body: GenerateRequest,
+    first: Request,
+    tier: str | None,
+    prompt_ids: Sequence[int] | None = None,
+) -> Heading:
     return Heading(
         id=f"{prefix}-{first.gateway:08x}{first.id:08x}",
         created=int(time.time()),
@@ -111,4 +160,5 @@ def heading(prefix: str, model: Model, body: GenerateRequest, first: Request, ti
         fingerprint=model.worker.fingerprint,
         service_tier=tier,
         include_usage=body.include_usage,
+        prompt_ids=prompt_ids,
     )

@@ -26,4 +26,5 @@ class Models:
 
 
 def described(worker: WorkerInfo) -> dict[str, Any]:
-    return {"id": worker.model, "object": "model", "created": worker.created, "owned_by": "headgate"}
+    model = {"id": worker.model, "object": "model", "created": worker.created, "owned_by": "headgate"}
+    return model | ({"random_weights": True} if worker.random_weights else {})

@@ -7,15 +7,32 @@ parallel_tool_calls, and every field nobody knows.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
 
 from service.errors import ApiError, invalid
 
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 1000
+MAX_STOP_IDS = 64
+MAX_BIASES = 1024
+MAX_BIAS = 100
+MAX_ALTERNATIVES = 20
 MAX_MESSAGES = 4096
+MAX_ID_DIGITS = 10
+BIASES = {"type": "object", "additionalProperties": {"type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS}}
 TIERS = {
     "auto": "default",
     "default": "default",
@@ -26,13 +43,8 @@ TIERS = {
 }
 
 # known to OpenAI, not offered here yet; the values are those that ask for nothing
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (None, 1),
-    "best_of": (None, 1),
-    "top_logprobs": (None,),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "logit_bias": (None, {}),
+Neutral = dict[str, tuple[Any, ...]]
+NEUTRAL: Neutral = {
     "tools": (None, []),
     "tool_choice": (None, "none"),
     "functions": (None, []),
@@ -45,12 +57,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "moderation": (None,),
     "suffix": (None, ""),
     # known to other servers: a client that sets them would be surprised to be served without
-    "min_p": (None, 0),
     "typical_p": (None, 1),
-    "repetition_penalty": (None, 1),
     "length_penalty": (None, 1),
-    "min_tokens": (None, 0),
-    "stop_token_ids": (None, []),
+    "prompt_logprobs": (None,),
+    "truncate_prompt_tokens": (None,),
+    "skip_special_tokens": (None, True),
     "allowed_token_ids": (None, []),
     "bad_words": (None, []),
     "include_stop_str_in_output": (None, False),
@@ -62,6 +73,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "guided_choice": (None,),
     "guided_grammar": (None,),
     "structured_outputs": (None,),
+    "grammar": (None, ""),
+    "json_schema": (None,),
+    "regex": (None, ""),
+    "ebnf": (None, ""),
 }
 
 
@@ -78,6 +93,40 @@ def stop_strings(value: Any) -> Any:
     if max(map(len, stops), default=0) > MAX_STOP_CHARACTERS:
         raise ValueError(f"takes strings of at most {MAX_STOP_CHARACTERS} characters")
     return tuple(stops)
+
+
+def ids_that_stop(value: Any) -> Any:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or set(map(type, value)) - {int}:
+        raise ValueError("must be an array of token ids")
+    if len(value) > MAX_STOP_IDS:
+        raise ValueError(f"takes at most {MAX_STOP_IDS} token ids, not {len(value)}")
+    return tuple(value)
+
+
+def biases(value: Any) -> Any:
+    """Pairs, in the order of their ids. What adds nothing is left out."""
+    if value is None:
+        return ()
+    if not isinstance(value, dict):
+        raise ValueError("must be an object of token ids and numbers")
+    if len(value) > MAX_BIASES:
+        raise ValueError(f"takes at most {MAX_BIASES} token ids, not {len(value)}")
+    pairs = sorted((token_id(name), bias_of(name, bias)) for name, bias in value.items())
+    return tuple((id, bias) for id, bias in pairs if bias)
+
+
+def token_id(name: str) -> int:
+    if len(name) > MAX_ID_DIGITS or not (name.isascii() and name.isdecimal()) or str(int(name)) != name:
+        raise ValueError(f"has the key {name[:40]!r}, which is no token id")
+    return int(name)
+
+
+def bias_of(name: str, value: Any) -> float:
+    if type(value) not in (int, float) or not -MAX_BIAS <= value <= MAX_BIAS:
+        raise ValueError(f"has a value for {name} that is no number from -{MAX_BIAS} to {MAX_BIAS}")
+    return float(value)
 
 
 def tier(value: Any) -> Any:
@@ -132,7 +181,10 @@ class StreamOptions(BaseModel):
     include_usage: Annotated[bool, null_means(False)] = False
 
 
-class GenerateRequest(BaseModel):
+Penalty = Annotated[float, null_means(0.0), Field(ge=-2, le=2)]
+
+
+class GenerateRequest(BaseModel, ABC):
     """What both families of routes have in common."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
@@ -147,11 +199,44 @@ class GenerateRequest(BaseModel):
     stream: Annotated[bool, null_means(False)] = False
     stream_options: StreamOptions | None = None
     service_tier: Annotated[str | None, BeforeValidator(tier)] = None
+    n: Annotated[int, null_means(1), Field(ge=1, le=128)] = 1
+    best_of: Annotated[int | None, Field(ge=1)] = None
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: Annotated[tuple[tuple[int, float], ...], BeforeValidator(biases), WithJsonSchema(BIASES)] = ()
+    # not OpenAI's
+    min_p: Annotated[float | None, Field(ge=0, le=1)] = None
+    repetition_penalty: Annotated[float | None, Field(gt=0, le=10)] = None
+    min_tokens: Annotated[int, null_means(0), Field(ge=0, le=0x7FFFFFFF)] = 0
+    stop_token_ids: Annotated[tuple[int, ...], BeforeValidator(ids_that_stop)] = ()
     ignore_eos: Annotated[bool, null_means(False)] = False
+    return_token_ids: Annotated[bool, null_means(False)] = False
+
+    neutral: ClassVar[Neutral] = NEUTRAL
+
+    @field_validator("best_of")
+    @classmethod
+    def all_are_shown(cls, best_of: int | None, info: ValidationInfo) -> int | None:
+        if best_of is not None and best_of != info.data.get("n", best_of):
+            raise ValueError("must be equal to 'n': every answer that is generated is shown")
+        return best_of
 
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def begins_with_prompt(self) -> bool:
+        return False
+
+    @property
+    def tells_of_tokens(self) -> bool:
+        return self.return_token_ids or self.alternatives is not None
+
+    @property
+    @abstractmethod
+    def alternatives(self) -> int | None:
+        """How many likely tokens are told beside each one; None: no probabilities at all."""
 
 
 def few_enough(value: Any) -> Any:
@@ -165,6 +250,17 @@ class ChatRequest(GenerateRequest):
     messages: Annotated[list[Message], BeforeValidator(few_enough), Field(min_length=1)]
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
+    logprobs: Annotated[bool, null_means(False)] = False
+    top_logprobs: Annotated[int | None, Field(ge=0, le=MAX_ALTERNATIVES)] = None
+
+    neutral: ClassVar[Neutral] = NEUTRAL | {"echo": (None, False)}
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def beside_logprobs_only(cls, top_logprobs: int | None, info: ValidationInfo) -> int | None:
+        if top_logprobs is not None and not info.data.get("logprobs", True):
+            raise ValueError("may only be set when 'logprobs' is true")
+        return top_logprobs
 
     @field_validator("messages")
     @classmethod
@@ -177,6 +273,10 @@ class ChatRequest(GenerateRequest):
     @property
     def limit_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs else None
 
 
 PROMPT_SHAPES = "must be a string, an array of strings, an array of token ids, or an array of those arrays"
@@ -199,37 +299,64 @@ def prompts(value: Any) -> Any:
     raise ValueError(PROMPT_SHAPES)
 
 
-def check_ids(ids: list[Any], vocabulary: int) -> None:
+def check_prompt_ids(ids: list[Any], vocabulary: int) -> None:
     """At the speed of C: there may be as many as the context holds. Raises ApiError."""
     if set(map(type, ids)) != {int}:
         raise invalid(f"'prompt' {PROMPT_SHAPES}.", "prompt")
-    for id in (min(ids), max(ids)):
+    check_ids(ids, vocabulary, "prompt")
+
+
+def check_ids(ids: Collection[int], vocabulary: int, param: str) -> None:
+    """Raises ApiError when one of them is no token's."""
+    for id in (min(ids), max(ids)) if ids else ():
         if not 0 <= id < vocabulary:
-            raise invalid(f"'prompt' holds {id}, which is no token id: they are 0 to {vocabulary - 1}.", "prompt")
+            raise invalid(f"'{param}' holds {id}, which is no token id: they are 0 to {vocabulary - 1}.", param)
 
 
 class CompletionRequest(GenerateRequest):
     prompt: Annotated[list[Any], BeforeValidator(prompts)]  # each a str or a list, whose first item is an int
     max_tokens: Annotated[int, null_means(16), Field(ge=0)] = 16
     echo: Annotated[bool, null_means(False)] = False
+    logprobs: Annotated[int | None, Field(ge=0, le=MAX_ALTERNATIVES)] = None
+
+    neutral: ClassVar[Neutral] = NEUTRAL | {"top_logprobs": (None,)}
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def begins_with_prompt(self) -> bool:
+        return self.echo
+
+    @property
+    def only_scores(self) -> bool:
+        """Nothing is wanted but the log probabilities of the prompt."""
+        return self.max_tokens == 0 and self.echo and self.logprobs is not None
 
 
 Parsed = TypeVar("Parsed", bound=GenerateRequest)
 
 
-def parse_chat(body: dict[str, Any]) -> ChatRequest:
+def parse_chat(body: dict[str, Any], max_choices: int) -> ChatRequest:
     """Raises ApiError with a sentence that names the field."""
-    if body.get("logprobs"):
-        raise not_offered("logprobs")
-    return parse(ChatRequest, body)
+    request = parse(ChatRequest, body)
+    check_choices(1, request.n, max_choices)
+    return request
 
 
-def parse_completion(body: dict[str, Any], max_prompts: int) -> CompletionRequest:
+def parse_completion(body: dict[str, Any], max_choices: int) -> CompletionRequest:
     """Raises ApiError with a sentence that names the field."""
-    check_number(body.get("prompt"), max_prompts)
-    if body.get("logprobs") is not None:  # here a number, and 0 asks for the chosen token's
-        raise not_offered("logprobs")
-    return parse(CompletionRequest, body)
+    check_number(body.get("prompt"), max_choices)
+    request = parse(CompletionRequest, body)
+    check_choices(len(request.prompt), request.n, max_choices)
+    return request
+
+
+def check_choices(prompts: int, n: int, most: int) -> None:
+    if prompts * n > most:
+        product = f"{n}" if prompts == 1 else f"{prompts} prompts x {n} = {prompts * n}"
+        raise invalid(f"'n' asks for too many answers: {product}; one request gets at most {most}.", "n")
 
 
 def check_number(prompt: Any, most: int) -> None:
@@ -239,8 +366,8 @@ def check_number(prompt: Any, most: int) -> None:
 
 
 def parse(shape: type[Parsed], body: dict[str, Any]) -> Parsed:
-    for name in NEUTRAL.keys() & body.keys():
-        if not is_neutral(body[name], NEUTRAL[name]):
+    for name in shape.neutral.keys() & body.keys():
+        if not is_neutral(body[name], shape.neutral[name]):
             raise not_offered(name)
     if body.get("stream_options") is not None and not body.get("stream"):
         raise invalid("'stream_options' may only be set when 'stream' is true.", "stream_options")
@@ -256,10 +383,6 @@ def is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
 
 
 def not_offered(name: str) -> ApiError:
-    if name in ("n", "best_of"):
-        return invalid(
-            f"'{name}' must be 1: one answer per request is what is offered here.", name, "unsupported_value"
-        )
     return invalid(f"'{name}' is not offered here yet. Please leave it out.", name, "unsupported_parameter")
 
 

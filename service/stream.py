@@ -17,13 +17,14 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from scheduler.messages import Decision, Finish, Logprobs, Refuse, Request
-from service.chunks import Shape
+from service.chunks import NOTHING_TOLD, Shape
 from service.client import WorkerClient
 from service.config import GatewayConfig
-from service.detokenize import Rendering
+from service.detokenize import Rendering, TracedRendering
 from service.door import Visit
 from service.errors import DONE, ApiError, failed, refused_by
 from service.metrics import Metrics
+from service.token_log import TokenLog
 
 PING = b": ping\n\n"
 STREAM_START = {
@@ -44,12 +45,10 @@ class Order:
     requests: Sequence[Request]
     renderings: Sequence[Rendering]
     echoes: Sequence[bytes]  # escaped text in front of what is generated
+    logs: Sequence[TokenLog]  # of what is told of single tokens; none where nobody asks
     shape: Shape
     include_usage: bool
-
-    @property
-    def prompt_tokens(self) -> int:
-        return sum(len(request.prompt) for request in self.requests)
+    prompt_tokens: int
 
 
 class Choice:
@@ -64,11 +63,13 @@ class Choice:
         self._answer = answer
         self._rendering = rendering
         self._gaps = answer.gaps
-        self._logprobs: list[Logprobs] = []
 
     def take_logprobs(self, rows: Sequence[Logprobs]) -> None:
-        """Of tokens that are about to be taken."""
-        self._logprobs += rows
+        """Nobody asked for them."""
+
+    def told(self) -> bytes:
+        """Fields about its tokens: what is new since the last call."""
+        return NOTHING_TOLD
 
     def take(self, ids: Sequence[int], finish: int, now: float) -> None:
         """What one delivery brought. Never waits."""
@@ -98,6 +99,38 @@ class Choice:
         self._answer.finish(self.index, text + rendering.end())
 
 
+class LoggedChoice(Choice):
+    """A choice that also tells of single tokens."""
+
+    def __init__(self, answer: Answer, index: int, rendering: TracedRendering, log: TokenLog) -> None:
+        super().__init__(answer, index, rendering)
+        self._trace = rendering
+        self._log = log
+
+    def take_logprobs(self, rows: Sequence[Logprobs]) -> None:
+        """Of tokens that are about to be taken."""
+        self._log.add_rows(rows)
+
+    def take(self, ids: Sequence[int], finish: int, now: float) -> None:
+        if finish < Finish.REFUSED:
+            if self._log.only_prompt:
+                ids, finish = (), finish and Finish.LENGTH
+            self._log.add(ids)
+        super().take(ids, finish, now)
+
+    @property
+    def has_news(self) -> bool:
+        return self._log.has_news(*self._progress())
+
+    def told(self) -> bytes:
+        return self._log.tell(*self._progress(), self._trace.starts)
+
+    def _progress(self) -> tuple[int, int]:
+        """Tokens whose text is shown, and tokens of which the ids may be told."""
+        shown = self._trace.shown()
+        return shown, self.tokens if self.finish_reason else shown
+
+
 class Answer(Response, ABC):
     """One HTTP answer. It ends exactly once: finished, failed, or abandoned."""
 
@@ -112,7 +145,7 @@ class Answer(Response, ABC):
         self.config = config
         self.metrics = metrics
         self.prompt_tokens = order.prompt_tokens
-        self.choices = [Choice(self, index, rendering) for index, rendering in enumerate(order.renderings)]
+        self.choices = [self.choice(index, order) for index in range(len(order.requests))]
         self.ids = [request.id for request in order.requests]
         self.unfinished = len(self.choices)
         self.begun = False
@@ -120,6 +153,13 @@ class Answer(Response, ABC):
         self.failure: ApiError | None = None
         self.wake = asyncio.Event()
         visit.answer = self
+
+    def choice(self, index: int, order: Order) -> Choice:
+        rendering = order.renderings[index]
+        if not order.logs:
+            return Choice(self, index, rendering)
+        assert isinstance(rendering, TracedRendering)
+        return LoggedChoice(self, index, rendering, order.logs[index])
 
     async def submit(self, requests: Sequence[Request]) -> None:
         """Raises ApiError when the worker does not take all of them; what it did take is then withdrawn."""
@@ -208,7 +248,8 @@ class CollectedAnswer(Answer):
             await self.failure.response()(scope, receive, send)
             return
         choices = [
-            (b"".join(texts), choice.finish_reason) for texts, choice in zip(self.texts, self.choices, strict=True)
+            (b"".join(texts), choice.told(), choice.finish_reason)
+            for texts, choice in zip(self.texts, self.choices, strict=True)
         ]
         body = self.shape.whole(choices, self.prompt_tokens, self.completion_tokens)
         await Response(body, media_type="application/json")(scope, receive, send)
@@ -237,14 +278,22 @@ class StreamedAnswer(Answer):
         self.pinged_at = time.monotonic()
         self.pending: list[bytes] = []
         self.pending_bytes = 0
+        self.backlog_bytes = config.reader_backlog_bytes
         self.direct = False  # started, and everything so far is written
 
     def show(self, index: int, text: bytes) -> None:
-        if text or self.fresh[index]:
+        if self.fresh[index]:
+            self.open(index, text, self.after)
+        elif text:
             self.put(b"%b%b%b" % (self.befores[index], text, self.after))
-            if self.fresh[index]:
-                self.fresh[index] = False
-                self.befores[index] = self.shape.before_text(index)
+
+    def open(self, index: int, text: bytes, after: bytes) -> None:
+        """The first chunk of a choice. It may hold a long prompt, which makes nobody a slow reader."""
+        chunk = b"%b%b%b" % (self.befores[index], text, after)
+        self.fresh[index] = False
+        self.befores[index] = self.shape.before_text(index)
+        self.backlog_bytes += len(chunk)
+        self.put(chunk)
 
     def show_last(self, index: int, text: bytes) -> None:
         self.direct = False  # the last chunks wait for each other, and leave in one write
@@ -260,7 +309,7 @@ class StreamedAnswer(Answer):
         self.pending.append(chunk)
         self.pending_bytes += len(chunk)
         self.wake.set()
-        if self.pending_bytes > self.config.reader_backlog_bytes:
+        if self.pending_bytes > self.backlog_bytes:
             self.drop_reader()
 
     def end(self, outcome: str) -> None:
@@ -321,3 +370,15 @@ class StreamedAnswer(Answer):
         """Until it has been quiet for too long; deliveries wake nobody, so the one who sleeps has to look."""
         quiet_since = max(self.pinged_at, *(choice.last_at for choice in self.choices))
         return quiet_since + self.config.ping_seconds - now
+
+
+class LoggedStream(StreamedAnswer):
+    """A stream whose chunks also tell of single tokens."""
+
+    def show(self, index: int, text: bytes) -> None:
+        choice = self.choices[index]
+        assert isinstance(choice, LoggedChoice)
+        if self.fresh[index]:
+            self.open(index, text, self.shape.after(choice.told()))
+        elif text or choice.has_news:
+            self.put(b"%b%b%b" % (self.befores[index], text, self.shape.after(choice.told())))

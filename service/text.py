@@ -20,15 +20,18 @@ from tokenizers import Tokenizer
 from scheduler.messages import WorkerInfo
 from service.detokenize import (
     ByteTable,
+    Characters,
     Rendering,
     StopRendering,
     TableCharacters,
     TableRendering,
+    TracedRendering,
     WindowCharacters,
     is_byte_level,
     longest_token,
 )
 from service.errors import context_length_exceeded, invalid
+from service.token_log import Echoed, TokenNames
 
 # One text has nothing to share out: waking the pool of threads for it costs 90 µs of the 240 that 120 tokens take
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -72,7 +75,10 @@ class ChatTemplate:
         )
         environment.filters["tojson"] = to_json
         environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
-        self._template = environment.from_string(source)
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"the chat template cannot be compiled: {error.message} (line {error.lineno})") from error
         self._special_tokens = dict(special_tokens)
         self._knows_developer = "developer" in source
 
@@ -98,6 +104,7 @@ class Text:
         self._table = ByteTable(self._tokenizer) if is_byte_level(self._tokenizer) else None
         self._template = ChatTemplate(worker.chat_template, worker.special_tokens) if worker.chat_template else None
         self._longest_token = longest_token(self._tokenizer)
+        self.names = TokenNames(self._tokenizer, self._table)
         self.vocabulary = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     async def chat_prompt(self, messages: Messages, limit_tokens: int) -> list[int]:
@@ -147,10 +154,33 @@ class Text:
             return list(decode())
         return list(await asyncio.to_thread(decode))
 
-    def rendering(self, stops: Sequence[str]) -> Rendering:
-        """A fresh one per sequence."""
-        if self._table is None:
-            return StopRendering(WindowCharacters(self._tokenizer), stops)
-        if stops:
-            return StopRendering(TableCharacters(self._table), stops)
-        return TableRendering(self._table)
+    async def echoed(self, ids: Sequence[int], text: str) -> Echoed:
+        """Where in its text the tokens of a prompt are."""
+        if len(ids) <= DECODE_INLINE_TOKENS:
+            return self._echoed(ids, text)
+        return await asyncio.to_thread(self._echoed, ids, text)
+
+    def _echoed(self, ids: Sequence[int], text: str) -> Echoed:
+        """A special token is text only where the prompt was written with its name in it."""
+        characters, at, starts = self._characters(), 0, []
+        for id in ids:
+            starts.append(min(at, len(text)))
+            name = self.names.special(id)
+            if name is None:
+                at += len(characters.add((id,)))
+            elif text.startswith(name, at):
+                at += len(name)
+        return Echoed(ids, starts, len(text))
+
+    def rendering(self, stops: Sequence[str], min_tokens: int = 0) -> Rendering:
+        """A fresh one per sequence. No stop string is looked for in the text of the first `min_tokens`."""
+        if self._table is not None and not stops:
+            return TableRendering(self._table)
+        return StopRendering(self._characters(), stops, min_tokens)
+
+    def traced_rendering(self, stops: Sequence[str], min_tokens: int = 0) -> TracedRendering:
+        """The same, for who wants to know which token is where."""
+        return TracedRendering(self._characters(), stops, min_tokens)
+
+    def _characters(self) -> Characters:
+        return WindowCharacters(self._tokenizer) if self._table is None else TableCharacters(self._table)

@@ -83,6 +83,7 @@ class EngineProcess(asyncio.Protocol):
         self.info: bytes | None = None
         self.collector: WorkerCollector | None = None
         self.sentence = "the engine process died"
+        self.exit_status = 1  # of the front, once the engine process is gone
 
     async def start(self) -> None:
         front, engine = link_pair()
@@ -147,6 +148,7 @@ class EngineProcess(asyncio.Protocol):
             self.collector = WorkerCollector(WorkerInfo.decode(self.info).model, socket.gethostname())
         elif kind == Answer.FAILED:
             self.sentence = json.loads(frame[8:])["sentence"]
+            self.exit_status = 2
 
     # --- what gateways ask --------------------------------------------------------------------------------------------
 
@@ -294,7 +296,7 @@ async def serve(config: WorkerConfig, sockets: list[socket.socket]) -> int:
 
     def died(sentence: str) -> None:
         nonlocal status
-        status = 1
+        status = engine.exit_status
         print(f"headgate: worker: {sentence}", file=sys.stderr, flush=True)
         server.should_exit = True
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer
 from scheduler.admission import Load, room
 from scheduler.calibration import CostModel, fit_device
 from scheduler.gate import Gate, Limits
+from scheduler.hardware import Device
 from scheduler.messages import Sampling, WorkerInfo
 from scheduler.model import ModelShape
 from scheduler.roofline import decode_work
@@ -18,11 +20,14 @@ from scheduler.tiers import Tier, default_tiers
 from worker.calibrate import sweep
 from worker.config import WorkerConfig
 from worker.engine import Engine
-from worker.files import DEMO, ModelNotFound, TokenizerFiles, find_model, read_tokenizer
+from worker.files import DEMO, ModelNotFound, find_config, find_model
+from worker.native.topology import wait_passively
 from worker.simulated import SENTENCE, SimulatedEngine, find_device, find_shape
+from worker.tokenizer import TokenizerFiles, read_tokenizer
 
 SOLO_CONTEXT = 256  # tokens of context at which UTPS is stated
 COALESCE_SECONDS = 0.005
+SHORT_NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
 class StartFailed(Exception):
@@ -43,8 +48,8 @@ def build(config: WorkerConfig) -> Built:
         if config.engine == "simulated":
             return _build_simulated(config)
         return _build_native(config)
-    except (ModelNotFound, ValueError) as error:
-        raise StartFailed(str(error)) from error
+    except (ModelNotFound, ValueError, OSError) as error:
+        raise StartFailed(" ".join(str(error).split())) from error  # in one line
 
 
 def stage(line: str) -> None:
@@ -68,26 +73,42 @@ def _build_simulated(config: WorkerConfig) -> Built:
 
 
 def _build_native(config: WorkerConfig) -> Built:
-    folder = find_model(config.model)
-    files = read_tokenizer(folder)
-    stage(f"loading {config.model}")
+    model = find_config(config.random_weights) if config.random_weights else find_model(config.model, stage)
+    name = config.served_name or own_name(config, model)
+    files = read_tokenizer(model)
+    stage(
+        f"making up random weights for {name}; its text will be random, too" if files.is_random else f"loading {name}"
+    )
+    wait_passively(os.environ)
     from worker.native.build import load  # torch takes more than a second to import
 
     began = time.monotonic()
-    native = load(folder, config)
+    native = load(model, name, config)
     engine = native.engine
     stage(
         f"loaded in {time.monotonic() - began:.1f} s: {_count(engine.parameters)} parameters, "
         f"{_gb(engine.weight_bytes)} in {engine.dtype} on {engine.device}{native.threads_note}"
     )
-    shape = replace(native.shape, name=config.model)
+    shape = native.shape
     limits = _limits(config, shape)
-    usual = Sampling(files.temperature, files.top_p, files.top_k)
+    usual = Sampling(
+        files.temperature, files.top_p, files.top_k, min_p=files.min_p, repetition_penalty=files.repetition_penalty
+    )
+    began = time.monotonic()
     timings = sweep(engine, shape, limits, int(engine.kv_cache_bytes / shape.kv_bytes(1)), usual)
     cost = CostModel(fit_device(native.device, shape, timings), shape)
     cost.prime(timings)
-    name = config.served_name or (Path(config.model).name if Path(config.model).exists() else config.model)
+    stage(f"measured in {native.measured_seconds + time.monotonic() - began:.1f} s: {len(timings)} kinds of steps")
     return _assemble(config, engine, cost, engine.kv_cache_bytes, files, name)
+
+
+def own_name(config: WorkerConfig, model: Path) -> str:
+    """Of the folder or the config, where that is how the model was named; else the name itself."""
+    if config.random_weights:
+        path = Path(os.path.abspath(model))  # a name for `.`, and no link is followed
+        return path.parent.name if path.name == "config.json" else path.stem
+    named = Path(config.model).expanduser()
+    return os.path.basename(os.path.abspath(named)) if model == named else config.model
 
 
 def _assemble(
@@ -112,11 +133,14 @@ def _assemble(
         special_tokens=files.special_tokens,
         tiers=tuple(tier.name for tier in tiers),
         engine=config.engine,
-        fingerprint=f"hg-{config.engine}-{files.digest[:8]}",
+        fingerprint=f"hg-{config.engine}-{files.digest[:8]}" + ("-random-weights" if files.is_random else ""),
         coalesce_seconds=min(COALESCE_SECONDS, strictest / 2),
         temperature=files.temperature,
         top_p=files.top_p,
         top_k=files.top_k,
+        min_p=files.min_p,
+        repetition_penalty=files.repetition_penalty,
+        random_weights=files.is_random,
     )
     return Built(engine, gate, info, cost.device.flops_per_second)
 
@@ -129,8 +153,7 @@ def _limits(config: WorkerConfig, shape: ModelShape) -> Limits:
 def _describe(cost: CostModel, capacity: float, tiers: tuple[Tier, ...], solo: float, limits: Limits) -> None:
     """What was measured of the machine and what it means for users, as lines."""
     device, shape = cost.device, cost.shape
-    levels = " · ".join(f"{level.name} {level.bytes_per_second / 1e9:.0f} GB/s" for level in device.levels)
-    stage(f"machine: {levels} · {device.flops_per_second / 1e9:,.0f} GFLOP/s; ridge {cost.ridge} tokens per step")
+    stage(f"machine: {_machine(device)}; ridge {cost.ridge} tokens per step")
     stage(f"KV cache: {int(capacity / shape.kv_bytes(1)):,} tokens in {_gb(capacity)}")
     floor = next(tier for tier in tiers if tier.name == "default")
     each = shape.kv_bytes(SOLO_CONTEXT)
@@ -141,6 +164,17 @@ def _describe(cost: CostModel, capacity: float, tiers: tuple[Tier, ...], solo: f
         f"({users * full:,.0f} in all), with {SOLO_CONTEXT} tokens of context"
     )
     stage("tiers: " + " · ".join(_tier(tier) for tier in tiers))
+
+
+def _machine(device: Device) -> str:
+    parts = [f"{level.name} {level.bytes_per_second / 1e9:.0f} GB/s" for level in device.levels]
+    if device.weights_bytes_per_second:
+        parts[-1] += f" (weights: {device.weights_bytes_per_second / 1e9:.0f} GB/s)"
+    rates = [f"{rate / 1e9:,.0f} {SHORT_NAMES.get(name, name)}" for name, rate in device.flops_per_dtype]
+    parts.append(f"{', '.join(rates) or f'{device.flops_per_second / 1e9:,.0f}'} GFLOP/s")
+    if device.call_seconds:
+        parts.append(f"{device.call_seconds * 1e6:.1f} µs a call")
+    return " · ".join(parts)
 
 
 def _tier(tier: Tier) -> str:

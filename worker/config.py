@@ -11,6 +11,7 @@ class WorkerConfig:
     """One worker: which model on which engine and device, and its bounds."""
 
     model: str = "headgate-demo"  # the model that ships, a folder, a hub id; for the simulated engine a shape's name
+    random_weights: str = ""  # a config.json that is served instead, with weights made up
     served_name: str = ""  # as clients call it; by default the model's own name
     engine: str = "native"  # native | simulated
     hardware: str = "h100"  # of the simulated engine: a name of the catalogue, or a JSON file

@@ -122,7 +122,8 @@ class Outbox:
         self._lines += 1
         for gateway, events in self._held.items():
             if events:
-                self._link.send(words_to_bytes([gateway]) + encode_events(self._lines, list(events.values())))
+                to = words_to_bytes([gateway])
+                self._link.send(b"".join([to + frame for frame in encode_events(self._lines, list(events.values()))]))
         self._held = {}
         self._sent_at, self._urgent = now, False
 

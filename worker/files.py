@@ -1,126 +1,101 @@
-"""Model files: where a model is, its configuration, and what a gateway needs of its tokenizer."""
+"""Where a model is: one that ships, a folder, a hub model, or a config alone, whose weights are then random."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from worker.hub import HubName, from_hub
+
 DEMO = "headgate-demo"
 SHIPPED = Path(__file__).parent / "models"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-NEEDED = ["*.json", "*.safetensors", "*.jinja"]
+WEIGHT_FILES = ("model.safetensors.index.json", "model.safetensors")
 
 
 class ModelNotFound(Exception):
     """The model is not where its name says; the text is a sentence for the user."""
 
 
-def find_model(name: str) -> Path:
-    """The folder of a model: one that ships, a local folder, or a snapshot of a hub model, downloaded where needed.
+def find_model(name: str, say: Callable[[str], None] = print) -> Path:
+    """The folder of a model, or the config.json of one that ships without weights (see `has_random_weights`).
 
+    A hub model is downloaded where needed; `say` is told when that is not possible and the cache has it.
     Raises ModelNotFound with a sentence that says what was looked for.
     """
-    return find_local_model(name) or _from_hub(name)
+    local = find_local_model(name)
+    if local is not None:
+        return local
+    hub_name = HubName.parse(name)
+    assert hub_name is not None  # else nothing else could have been meant
+    try:
+        folder = from_hub(hub_name, say)
+    except OSError as error:
+        raise ModelNotFound(str(error)) from error
+    if not has_weights(folder):
+        raise ModelNotFound(f"the hub model {name} has no model.safetensors; other forms of weights are not read")
+    return folder
 
 
 def find_local_model(name: str) -> Path | None:
     """As `find_model`, without downloading: None where `name` can only be a hub model's."""
-    for folder in (SHIPPED / name, Path(name).expanduser()):
-        if (folder / "config.json").is_file():
-            return folder
-    if Path(name).expanduser().exists():
-        raise ModelNotFound(f"{name} has no config.json; a folder with a checkpoint in Hugging Face form is needed")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ModelNotFound(f"there is no folder {name}, and it is not the name of a hub model (OWNER/NAME)")
+    if name in shipped_models():
+        return SHIPPED / name if has_weights(SHIPPED / name) else SHIPPED / name / "config.json"
+    path = Path(name).expanduser()
+    if (path / "config.json").is_file():
+        return path
+    if path.exists():
+        raise ModelNotFound(
+            f"{name} has no config.json; a folder with a checkpoint in Hugging Face form is needed"
+            + (" (--random-weights serves a config without weights)" if path.is_file() else "")
+        )
+    if HubName.parse(name) is None:
+        raise ModelNotFound(
+            f"there is no folder {name}, and it is not the name of a hub model (OWNER/NAME) nor of one that ships "
+            f"({', '.join(shipped_models())})"
+        )
     return None
 
 
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download  # takes a third of a second to import; few starts need it
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=NEEDED))
-    except Exception as error:  # the hub's errors have many types; each ends the start with its own sentence
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelNotFound(f"the hub model {name} could not be had: {first_line}") from error
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizerFiles:
-    """A tokenizer as its files say it, the ids that end a sequence, and how the model wants to be sampled."""
-
-    tokenizer_json: str
-    chat_template: str | None
-    special_tokens: dict[str, str]
-    eos_ids: tuple[int, ...]
-    temperature: float
-    top_p: float
-    top_k: int
-
-    @property
-    def digest(self) -> str:
-        text = self.tokenizer_json + (self.chat_template or "") + json.dumps(self.special_tokens, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+def find_config(name: str) -> Path:
+    """The config.json that is to be served with random weights: a file, a folder that holds one, or a model that ships."""
+    path = SHIPPED / name if name in shipped_models() else Path(name).expanduser()
+    for file in (path, path / "config.json"):
+        if file.is_file():
+            return file
+    raise ModelNotFound(f"--random-weights {name}: there is no such config.json, nor a folder that holds one")
 
 
-def read_tokenizer(folder: Path) -> TokenizerFiles:
-    """Raises ModelNotFound when the folder has no tokenizer.json."""
-    path = folder / "tokenizer.json"
+def shipped_models() -> list[str]:
+    return sorted(config.parent.name for config in SHIPPED.glob("*/config.json"))
+
+
+def has_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in WEIGHT_FILES)
+
+
+def has_random_weights(model: Path) -> bool:
+    """A model is a folder with a checkpoint. Where it is a config's file instead, its weights are made up."""
+    return model.is_file()
+
+
+def read_config(model: Path) -> dict[str, Any]:
+    """Raises ValueError with a sentence when it is not there or cannot be read."""
+    path = model if has_random_weights(model) else model / "config.json"
     if not path.is_file():
-        raise ModelNotFound(f"{folder} has no tokenizer.json; only fast tokenizers are supported")
-    settings = _read_json(folder / "tokenizer_config.json")
-    generation = _read_json(folder / "generation_config.json")
-    return TokenizerFiles(
-        tokenizer_json=path.read_text("utf-8"),
-        chat_template=_chat_template(folder, settings),
-        special_tokens=_special_tokens(settings),
-        eos_ids=_eos_ids(generation, read_config(folder)),
-        temperature=float(generation.get("temperature") or 1.0),
-        top_p=float(generation.get("top_p") or 1.0),
-        top_k=int(generation.get("top_k") or 0),
-    )
+        raise ValueError(f"{model} has no config.json: not a folder with a checkpoint")
+    return read_json(path)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    return _read_json(folder / "config.json")
-
-
-def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text("utf-8")
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several named ones
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default")
-    return template
-
-
-def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:
-    """bos_token, eos_token and the like, as the chat template expects them."""
-    tokens = {}
-    for name, value in settings.items():
-        if name.endswith("_token") and value is not None:
-            content = value.get("content") if isinstance(value, dict) else value
-            if isinstance(content, str):
-                tokens[name] = content
-    return tokens
-
-
-def _eos_ids(*configs: dict[str, Any]) -> tuple[int, ...]:
-    """From the first that names any."""
-    for config in configs:
-        ids = config.get("eos_token_id")
-        if ids is not None:
-            return tuple(ids) if isinstance(ids, list) else (int(ids),)
-    return ()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Empty where there is no such file. Raises ValueError, naming it, when it is not a JSON object."""
     if not path.is_file():
         return {}
-    data: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return data
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return content

@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 
 from scheduler.calibration import CostModel
 from scheduler.gate import Gate
+from scheduler.hardware import Device
 from scheduler.messages import Accept, Decision, Refuse, StepReport, Wait
 from scheduler.sequence import Ended
 
@@ -100,8 +101,10 @@ class Meter:
             "step_margin_ratio": cost.margin,
             "ridge_tokens": cost.ridge,
             "preemptions": gate.preemptions,
+            "limit_bandwidth_bytes_per_second": cost.limit.bytes_per_second,
+            "limit_flops_per_second": cost.limit.device.flops_per_second,
         }
-        return gauges | _utilization(reports, cost, self._peak_flops)
+        return gauges | _measured(cost.device) | _utilization(reports, cost, self._peak_flops)
 
     def _count(self, key: str, amount: float = 1.0) -> None:
         self._counters[key] = self._counters.get(key, 0.0) + amount
@@ -114,15 +117,26 @@ class Meter:
         histogram[1][0] += value
 
 
+def _measured(device: Device) -> dict[str, float]:
+    """What was found at start, or what the catalogue says of a simulated device."""
+    bandwidths = {level.name: level.bytes_per_second for level in device.levels}
+    if device.weights_bytes_per_second:
+        bandwidths["weights"] = device.weights_bytes_per_second
+    return (
+        {f"measured_bandwidth_bytes_per_second/{name}": rate for name, rate in bandwidths.items()}
+        | {f"measured_flops_per_second/{name}": rate for name, rate in device.flops_per_dtype}
+        | {"measured_call_seconds": device.call_seconds}
+    )
+
+
 def _utilization(reports: list[StepReport], cost: CostModel, peak_flops: float) -> dict[str, float]:
     """Of the steps of the last second: what they achieved against what the device can do, while it was busy."""
     busy = sum(report.measured_seconds for report in reports)
     moved = sum(sum(report.bytes_moved.values()) for report in reports)
     flops = sum(report.flops for report in reports)
-    bandwidth = cost.device.level_for(cost.shape.resident_bytes).bytes_per_second
     budgets = [report for report in reports if report.budget_seconds != float("inf")]
     return {
-        "bandwidth_utilization_ratio": moved / busy / bandwidth if busy else 0.0,
+        "bandwidth_utilization_ratio": moved / busy / cost.limit.bytes_per_second if busy else 0.0,
         "compute_utilization_ratio": flops / busy / peak_flops if busy else 0.0,
         "limit_ratio": sum(report.limit_seconds for report in reports) / busy if busy else 0.0,
         "arithmetic_intensity_flops_per_byte": flops / moved if moved else 0.0,
@@ -158,13 +172,20 @@ GAUGES = {
     "kv_cache_usage_ratio": "Share of the KV cache that holds tokens.",
     "kv_predicted_peak_ratio": "Share of the KV cache that is reserved for what running requests will become.",
     "stps": "Tokens generated per second, over the last second.",
-    "bandwidth_utilization_ratio": "Bytes moved per busy second over measured bandwidth, last second.",
+    "bandwidth_utilization_ratio": "Bytes moved per busy second over the highest bandwidth seen, last second.",
     "compute_utilization_ratio": "Operations per busy second over measured peak, last second.",
     "limit_ratio": "Step time that physics allows over measured step time, last second.",
     "bandwidth_budget_ratio": "Largest share of a step's time budget that was used, last second.",
     "arithmetic_intensity_flops_per_byte": "Operations per byte moved, last second.",
     "step_margin_ratio": "Error that 95 % of predictions stay within.",
     "ridge_tokens": "Tokens per step at which arithmetic takes as long as reading the weights.",
+    "limit_bandwidth_bytes_per_second": "Highest bandwidth seen, by a probe or an own step, where the weights lie.",
+    "limit_flops_per_second": "Highest rate of operations seen, by a probe or an own step.",
+    "measured_call_seconds": "Host time of the smallest operation, measured at start.",
+}
+MEASURED = {  # key -> help, label
+    "measured_bandwidth_bytes_per_second": ("Read bandwidth per memory level, measured at start.", "level"),
+    "measured_flops_per_second": ("Operations per second of matrix products, measured at start.", "dtype"),
 }
 
 
@@ -182,6 +203,11 @@ class WorkerCollector(Collector):
             gauge = GaugeMetricFamily(f"headgate_{key}", help_text, labels=names)
             gauge.add_metric(values, gauges.get(key, 0.0))
             yield gauge
+        for key, (help_text, label) in MEASURED.items():
+            measured = GaugeMetricFamily(f"headgate_{key}", help_text, labels=[*names, label])
+            for row, value in _rows(gauges, key):
+                measured.add_metric([*values, *row], value)
+            yield measured
         build = GaugeMetricFamily("headgate_build_info", "What runs.", labels=["component", "version", *names])
         build.add_metric(["worker", version("headgate"), *values], 1.0)
         yield build

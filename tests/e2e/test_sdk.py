@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -211,3 +212,144 @@ def test_threads_may_share_a_client(simulated: Any) -> None:
         for thread in threads:
             thread.join(60)
     assert failures == []
+
+
+# --- what shapes the draw, and what is told of it: the real engine
+
+
+def drawn(demo: Any, sdk: openai.OpenAI, prompt: Any = "def main():", tokens: int = 12, **fields: Any) -> Any:
+    """A completion that tells its token ids and log probabilities."""
+    extra = {"return_token_ids": True, "ignore_eos": True, **fields.pop("extra_body", {})}
+    asked = {"temperature": 0, "logprobs": 3, "max_tokens": tokens, **fields}
+    return sdk.completions.create(model=demo.model, prompt=prompt, extra_body=extra, **asked)
+
+
+def token_ids(choice: Any) -> list[int]:
+    return list(choice.model_extra["token_ids"])
+
+
+@pytest.fixture
+def demo_sdk(demo: Any) -> Iterator[openai.OpenAI]:
+    with demo.sdk() as client:
+        yield client
+
+
+def test_greedy_takes_the_likeliest_and_says_so(demo: Any, demo_sdk: openai.OpenAI) -> None:
+    answer = demo_sdk.chat.completions.create(
+        model=demo.model, messages=MESSAGES, temperature=0, logprobs=True, top_logprobs=4, **exactly(24)
+    )
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None and logprobs.content is not None and len(logprobs.content) == 24
+    for entry in logprobs.content:
+        best = entry.top_logprobs[0]
+        assert (entry.token, entry.bytes, entry.logprob) == (best.token, best.bytes, best.logprob)
+        likelihoods = [one.logprob for one in entry.top_logprobs]
+        assert likelihoods == sorted(likelihoods, reverse=True) and len(likelihoods) == 4
+        assert 0 < sum(math.exp(one) for one in likelihoods) <= 1.0001
+    raw = b"".join(bytes(entry.bytes or ()) for entry in logprobs.content)
+    assert raw.startswith((answer.choices[0].message.content or "").encode())
+
+
+def test_streamed_log_probabilities_are_those_of_the_whole(demo: Any, demo_sdk: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": demo.model, "messages": MESSAGES, "seed": 5, "n": 2, **exactly(20)}
+    asked |= {"logprobs": True, "top_logprobs": 2}
+    whole = demo_sdk.chat.completions.create(**asked)
+    streamed: dict[int, list[Any]] = {0: [], 1: []}
+    for chunk in demo_sdk.chat.completions.create(stream=True, **asked):
+        for choice in chunk.choices:
+            streamed[choice.index] += (choice.logprobs and choice.logprobs.content) or []
+    for choice in whole.choices:
+        assert choice.logprobs is not None and choice.logprobs.content is not None
+        told = [(entry.token, entry.bytes) for entry in choice.logprobs.content]
+        assert [(entry.token, entry.bytes) for entry in streamed[choice.index]] == told
+        likelihoods = [entry.logprob for entry in choice.logprobs.content]
+        assert [entry.logprob for entry in streamed[choice.index]] == pytest.approx(likelihoods, abs=1e-3)
+
+
+def test_a_bias_forces_a_token_or_bans_it(demo: Any, demo_sdk: openai.OpenAI) -> None:
+    plain = token_ids(drawn(demo, demo_sdk).choices[0])
+    forced = drawn(demo, demo_sdk, tokens=5, logit_bias={str(plain[3]): 100})
+    assert token_ids(forced.choices[0]) == [plain[3]] * 5
+    banned = drawn(demo, demo_sdk, logit_bias={str(plain[0]): -100})
+    assert plain[0] not in token_ids(banned.choices[0])
+    # what is told is the model's own opinion, whatever the bias
+    free = drawn(demo, demo_sdk, tokens=1).choices[0].logprobs.token_logprobs[0]
+    best = max(banned.choices[0].logprobs.top_logprobs[0].values())
+    assert best == pytest.approx(free, abs=1e-3)
+
+
+def test_a_scored_text_has_the_probabilities_that_it_was_drawn_with(demo: Any, demo_sdk: openai.OpenAI) -> None:
+    written = drawn(demo, demo_sdk, tokens=16).choices[0]
+    prompt = written.model_extra["prompt_token_ids"]
+    scored = drawn(demo, demo_sdk, prompt=[*prompt, *token_ids(written)], tokens=0, echo=True)
+    (choice,) = scored.choices
+    assert choice.finish_reason == "length" and token_ids(choice) == []
+    assert scored.usage.completion_tokens == 0 and scored.usage.prompt_tokens == len(prompt) + 16
+    assert choice.logprobs.token_logprobs[0] is None
+    assert choice.logprobs.tokens[len(prompt) :] == written.logprobs.tokens
+    scores = choice.logprobs.token_logprobs[len(prompt) :]
+    assert scores == pytest.approx(written.logprobs.token_logprobs, abs=2e-2)
+    by_text = drawn(demo, demo_sdk, tokens=0, echo=True).choices[0]
+    assert by_text.text == "def main():"
+    assert by_text.logprobs.token_logprobs[1:] == pytest.approx(
+        choice.logprobs.token_logprobs[1 : len(prompt)], abs=2e-2
+    )
+
+
+def test_several_answers_of_a_seed_come_again(demo: Any, demo_sdk: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": demo.model, "messages": MESSAGES, "temperature": 1.0, "seed": 7, **exactly(24)}
+
+    def words(n: int) -> list[str | None]:
+        answer = demo_sdk.chat.completions.create(n=n, **asked)
+        assert answer.usage is not None and answer.usage.completion_tokens == 24 * n
+        return [choice.message.content for choice in answer.choices]
+
+    three = words(3)
+    assert words(3) == three and len(set(three)) == 3
+    assert words(1) == three[:1]
+
+
+def test_no_answer_ends_before_its_min_tokens(demo: Any, demo_sdk: openai.OpenAI) -> None:
+    plain = token_ids(drawn(demo, demo_sdk, tokens=12).choices[0])
+    stop = plain[2]
+
+    def until_stop(min_tokens: int) -> Any:
+        extra = {"stop_token_ids": [stop], "min_tokens": min_tokens}
+        return drawn(demo, demo_sdk, tokens=12, extra_body=extra).choices[0]
+
+    ended = until_stop(0)
+    assert (token_ids(ended), ended.finish_reason) == (plain[: plain.index(stop) + 1], "stop")
+    assert "".join(ended.logprobs.tokens) == ended.text
+    longer = until_stop(8)
+    assert len(token_ids(longer)) >= 8 and stop not in token_ids(longer)[:8]
+
+
+def test_penalties_keep_an_answer_from_going_round(demo: Any, demo_sdk: openai.OpenAI) -> None:
+    free = token_ids(drawn(demo, demo_sdk, tokens=40).choices[0])
+    for fields in (
+        {"frequency_penalty": 2.0},
+        {"presence_penalty": 2.0},
+        {"extra_body": {"repetition_penalty": 5.0}},
+    ):
+        varied = token_ids(drawn(demo, demo_sdk, tokens=40, **fields).choices[0])
+        assert len(set(varied)) > len(set(free)), fields
+
+
+def test_min_p_of_one_is_greedy(demo: Any, demo_sdk: openai.OpenAI) -> None:
+    greedy = token_ids(drawn(demo, demo_sdk).choices[0])
+    assert token_ids(drawn(demo, demo_sdk, temperature=1.5, seed=3, extra_body={"min_p": 1.0}).choices[0]) == greedy
+
+
+def test_token_ids_go_in_as_they_came_out(demo: Any, demo_sdk: openai.OpenAI) -> None:
+    first = drawn(demo, demo_sdk, prompt="x = 'é😀'", tokens=6).choices[0]
+    prompt = [*first.model_extra["prompt_token_ids"], *token_ids(first)]
+    second = drawn(demo, demo_sdk, prompt=prompt, tokens=6).choices[0]
+    assert second.model_extra["prompt_token_ids"] == prompt
+    whole = drawn(demo, demo_sdk, prompt="x = 'é😀'", tokens=12).choices[0]
+    assert token_ids(whole) == [*token_ids(first), *token_ids(second)]
+
+
+def test_the_simulated_engine_tells_no_probabilities(simulated: Any) -> None:
+    with simulated.sdk() as sdk, pytest.raises(openai.BadRequestError) as raised:
+        sdk.chat.completions.create(model=simulated.model, messages=MESSAGES, logprobs=True)
+    assert raised.value.param == "logprobs"

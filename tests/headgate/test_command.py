@@ -114,6 +114,8 @@ def test_a_folder_too_deep_for_a_socket_is_a_sentence_and_status_2(tmp_path: Pat
     [
         (["--model", "no-such-folder"], "there is no folder no-such-folder"),
         (["--model", "./none/at/all"], "there is no folder ./none/at/all"),
+        (["--model", "nonsense"], "nor of one that ships (headgate-demo,"),
+        (["--random-weights", "./none.json"], "--random-weights ./none.json: there is no such config.json"),
         (["--engine", "simulated", "--model", "gpt-9"], "the simulated engine knows no model gpt-9; there are: "),
         (["--engine", "simulated", "--hardware", "z80"], "hardware z80 is neither a JSON file nor one of: "),
     ],
@@ -135,18 +137,21 @@ def test_hardware_that_is_not_described_right_is_a_sentence_and_status_2(tmp_pat
     ("arguments", "sentence"),
     [
         (["--engine", "simulated", "--model", "llama-3.1-70b", "--hardware", "rtx-4090"], "does not fit rtx-4090"),
-        (["--model", "nobody/no-such-model"], "the hub model nobody/no-such-model could not be had"),
+        (
+            ["--model", "nobody/no-such-model"],
+            "the hub model nobody/no-such-model could not be had: HF_HUB_OFFLINE is set",
+        ),
     ],
 )
-def test_a_worker_that_cannot_start_ends_the_command_with_its_sentence_and_status_1(
+def test_a_worker_that_cannot_start_ends_the_command_with_its_sentence_and_status_2(
     arguments: list[str], sentence: str
 ) -> None:
     with tempfile.TemporaryDirectory(prefix="hg-") as folder:  # pytest's own are too deep for a Unix socket on macOS
         done = headgate("serve", "--port", "0", *arguments, TMPDIR=folder)
         left = list(Path(folder).glob("headgate-*"))
-    assert done.returncode == 1, done.stderr
-    assert "headgate: worker: " in done.stderr and sentence in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("headgate: worker: ") and sentence in done.stderr
+    assert len(done.stderr.splitlines()) == 1
     assert left == []
 
 

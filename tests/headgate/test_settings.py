@@ -12,6 +12,7 @@ from headgate.settings import ALL_OPTIONS, ConfigurationError, Settings, is_loop
 # one value per option that is not its default: as text, and as what it becomes
 VALUES: dict[str, tuple[str, Any]] = {
     "model": ("acme/tiny", "acme/tiny"),
+    "random_weights": ("config.json", "config.json"),
     "served_name": ("tiny", "tiny"),
     "engine": ("simulated", "simulated"),
     "hardware": ("h200", "h200"),
@@ -183,6 +184,14 @@ def test_other_addresses_are_not_loopback(address: str) -> None:
 def test_a_simulated_engine_on_a_real_device_is_a_contradiction() -> None:
     (fault,) = faults_of(["--engine", "simulated", "--device", "cuda"])
     assert "--hardware" in fault
+
+
+def test_random_weights_beside_a_model_or_a_simulated_engine_are_a_contradiction() -> None:
+    (fault,) = faults_of(["--random-weights", "c.json", "--model", "wall"])
+    assert "--random-weights c.json" in fault and "--model wall" in fault
+    (fault,) = faults_of(["--random-weights", "c.json", "--engine", "simulated"])
+    assert "the simulated engine has no weights" in fault
+    assert read_settings([], {"HEADGATE_RANDOM_WEIGHTS": ""}).random_weights == ""
 
 
 @pytest.mark.parametrize("columns", ["60", "80", "200"])

@@ -86,7 +86,8 @@ def test_the_nonnegative_fit_is_the_best_there_is(seed: int) -> None:
     """No step along any coordinate and no coarse grid point is better, and none is negative."""
     rng = np.random.default_rng(seed)
     features, target = rng.normal(size=(12, 4)), rng.normal(size=12)
-    error, values = _nonnegative_fit(features, target)
+    errors, found = _nonnegative_fit(features, np.stack((target, -target)))
+    error, values = errors[0], found[0]
     assert (values >= 0).all()
 
     def loss(x: np.ndarray) -> float:
@@ -167,3 +168,56 @@ def test_the_sweep_gives_the_first_corrections_and_the_first_margin() -> None:
     model.prime([Timing(work, model.cost(work).seconds * 1.2, spread=0.01) for work in works])
     assert all(model.seconds(work) == pytest.approx(1.2 * model.cost(work).seconds) for work in works)
     assert model.margin == pytest.approx(math.expm1(math.log(1.2) + 0.01))
+
+
+def test_what_no_timing_tells_is_taken_from_experience_not_for_free() -> None:
+    """A large model leaves no time for long contexts: KV and attention then cost what they cost elsewhere."""
+    truth = planted(host_seconds=1e-3, kv_share=0.8, flops_share=0.5, attention_share=0.5)
+    works = [decode_work(SHAPE, n, n * SHAPE.kv_bytes(2)) for n in (1, 8, 32)]
+    works += [StepWork(0, 0, 0.0, 0.0, 0.0).plus_chunk(SHAPE, 0, c, True) for c in (8, 32)]
+    fitted = fit_device(LAPTOP, SHAPE, [Timing(work, step_cost(truth, SHAPE, work).seconds) for work in works])
+    far = decode_work(SHAPE, 8, 8 * SHAPE.kv_bytes(4096))
+    assert step_cost(fitted, SHAPE, far).seconds == pytest.approx(step_cost(truth, SHAPE, far).seconds, rel=0.2)
+
+
+# --- the limit --------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 10_000))
+def test_no_step_is_ever_faster_than_the_limit_that_it_is_held_against(seed: int) -> None:
+    rng = random.Random(seed)
+    model = CostModel(LAPTOP, SHAPE)
+    for _ in range(20):
+        work = changing_load(rng)
+        seconds = model.limit.seconds(work) * rng.choice((0.3, 0.9, 1.5, 4.0))
+        model.observe(work, seconds)
+        assert model.limit.seconds(work) <= seconds * (1 + 1e-9)
+
+
+def test_a_fast_step_raises_the_rates_of_its_own_memory_level_and_no_other() -> None:
+    model = CostModel(LAPTOP, SHAPE)
+    work = decode_work(SHAPE, 1, 0.0)
+    predicted = model.cost(work)
+    model.limit.observe(work, model.limit.seconds(work) / 2)
+    cache, memory = model.limit.device.levels
+    assert memory.bytes_per_second == pytest.approx(2 * LAPTOP.memory.bytes_per_second)
+    assert model.limit.bytes_per_second == memory.bytes_per_second
+    assert cache == LAPTOP.levels[0]
+    assert model.limit.device.flops_per_second == LAPTOP.flops_per_second
+    assert model.cost(work) == predicted, "what is promised rests on the fit, not on the limit"
+
+
+def test_the_steps_of_the_sweep_raise_the_limit() -> None:
+    model = CostModel(LAPTOP, SHAPE)
+    work = decode_work(SHAPE, 1, 0.0)
+    seconds = model.limit.seconds(work) / 3
+    model.prime([Timing(work, seconds)])
+    assert model.limit.seconds(work) == pytest.approx(seconds)
+
+
+def test_a_chunk_that_draws_no_token_is_not_said_to_have_read_the_head() -> None:
+    model = CostModel(LAPTOP, SHAPE)
+    empty = StepWork(0, 0, 0.0, 0.0, 0.0)
+    drawing, silent = (empty.plus_chunk(SHAPE, 0, 1, delivers) for delivers in (True, False))
+    head = SHAPE.head_parameters * SHAPE.weight_bytes_each / LAPTOP.memory.bytes_per_second
+    assert model.limit.seconds(drawing) - model.limit.seconds(silent) == pytest.approx(head)

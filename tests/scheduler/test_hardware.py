@@ -48,6 +48,14 @@ def test_a_working_set_is_read_at_the_speed_of_the_smallest_level_that_holds_it(
     assert device.level_for(1e7 + 1).name == device.level_for(1e12).name == "memory"
 
 
+def test_higher_rates_are_taken_over_and_lower_ones_are_not() -> None:
+    device = device_from_json(json.dumps(MINE))
+    assert device.raised(1e7, 1e11, 1e11) == device
+    faster = device.raised(1e12, 3e11, 5e12)
+    assert [level.bytes_per_second for level in faster.levels] == [1e12, 3e11]
+    assert faster.flops_per_second == 5e12
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [

@@ -22,17 +22,24 @@ from scheduler.messages import (
     Accept,
     Decision,
     Finish,
+    Logprobs,
     Reason,
     Request,
     Snapshot,
     TokenEvent,
     WorkerInfo,
     encode_decision,
-    encode_step,
+    encode_events,
 )
 
 PATIENCE_SECONDS = 10.0
 Script = Sequence[Sequence[int]]  # a delivery per item
+
+
+def row_of(token: int, alternatives: int) -> Logprobs:
+    """Itself, and then the likeliest; it is one of them. Some value for every token, exact in JSON."""
+    own = -(token % 32) / 8
+    return [(token, own), *((token + n, own - n / 4) for n in range(alternatives))]
 
 
 class ScriptedWorker:
@@ -54,6 +61,8 @@ class ScriptedWorker:
         self.status = 200
         self.tokens_first = False
         self.undecided = False  # while it is, requests get no answer
+        self.row_of: Callable[[int, int], Logprobs] | None = row_of  # None: it knows of no probabilities
+        self._rows_of_prompts_sent: set[int] = set()
         self.requests: queue.Queue[Request] = queue.Queue()
         self.cancelled: queue.Queue[int] = queue.Queue()
         self.connected = threading.Event()
@@ -74,8 +83,20 @@ class ScriptedWorker:
         reason: Reason | None = None,
         retry_after_seconds: float = 0.0,
     ) -> None:
-        event = TokenEvent(request.key, list(tokens), finish, reason, retry_after_seconds)
-        self.raw(encode_step(0, [event]), request.gateway)
+        rows = self._rows(request, tokens)
+        event = TokenEvent(request.key, list(tokens), finish, reason, retry_after_seconds, rows)
+        self.raw(b"".join(encode_events(0, [event])), request.gateway)
+
+    def _rows(self, request: Request, tokens: Sequence[int]) -> list[Logprobs]:
+        """Of these tokens; in front of the first ones those of the prompt, where they are wanted."""
+        count = request.logprobs
+        if count is None or self.row_of is None or not tokens:
+            return []
+        before: Sequence[int] = ()
+        if request.prompt_logprobs and request.key not in self._rows_of_prompts_sent:
+            before = request.prompt[1:]
+            self._rows_of_prompts_sent.add(request.key)
+        return [self.row_of(token, count) for token in (*before, *tokens)]
 
     def raw(self, data: bytes | None, gateway: int | None = None) -> None:
         """Bytes into the step stream of one gateway, or of all; None ends the stream."""
@@ -147,7 +168,8 @@ class ScriptedWorker:
         for number, tokens in enumerate(self.script, 1):
             finish = self.finish if number == len(self.script) else Finish.RUNNING
             self._step += 1
-            frame = encode_step(self._step, [TokenEvent(request.key, list(tokens), finish)])
+            event = TokenEvent(request.key, list(tokens), finish, logprobs=self._rows(request, tokens))
+            frame = b"".join(encode_events(self._step, [event]))
             if request.gateway in self._streams:
                 self._streams[request.gateway].put_nowait(frame)
 

@@ -234,11 +234,36 @@ def test_model_without_a_template_says_so(gateways):
     assert "/v1/completions" in error["message"]
 
 
-def test_template_that_raises_is_the_clients_400(gateways):
-    gateway = gateways(info={"chat_template": "{{ raise_exception('roles must alternate') }}"})
-    response = gateway.post(stream=True)
-    assert response.status_code == 400
-    assert "roles must alternate" in response.json()["error"]["message"]
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{% if messages|length != 2 %}{{ raise_exception('needs a system message, got ' ~ 1) }}{% endif %}", "got 1"),
+        ("{{ persona.name }}", "'persona' is undefined"),
+        ("{{ messages[7].content.upper() }}", "has no element 7"),
+        ("{% macro again(x) %}{{ again(x) }}{% endmacro %}{{ again(1) }}", "recursion"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ messages[0].content + 1 }}", "str"),
+        ("{% for x in range(10 ** 9) %}{{ x }}{% endfor %}", "too big"),
+        ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_template_that_raises_is_the_clients_400(gateways, template, says, stream):
+    """Its own words are shown. 3: also when streaming."""
+    response = gateways(info={"chat_template": template}).post(stream=stream)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "messages")
+    assert error["message"].startswith("The model's chat template does not take these messages: ")
+    assert says in error["message"]
+
+
+def test_undefined_variable_that_is_only_asked_about_is_nothing(gateways, ids):
+    gateway = gateways(
+        info={"chat_template": "{% if tools %}x{% endif %}{{ persona }}{% if y is defined %}y{% endif %}hi"}
+    )
+    assert gateway.post().status_code == 200
+    assert gateway.worker.next_request().prompt == ids.of("hi")
 
 
 def test_tokens_that_come_before_the_workers_answer_are_not_lost(gateway, ids):

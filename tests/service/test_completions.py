@@ -203,7 +203,7 @@ def test_one_refused_prompt_refuses_the_request_and_withdraws_the_others(gateway
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("best_of", 2), ("suffix", "x"), ("logprobs", 0), ("logprobs", 3), ("n", 2)]
+    ("field", "value"), [("suffix", "x"), ("top_logprobs", 3), ("prompt_logprobs", 1), ("truncate_prompt_tokens", 5)]
 )
 def test_what_is_not_offered_is_refused_by_name(gateway, field, value):
     """23."""

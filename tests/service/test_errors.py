@@ -67,6 +67,36 @@ def check_shape(response: httpx.Response) -> dict[str, str | None]:
         ({"model": ""}, "model"),
         ({"model": 3}, "model"),
         ({"ignore_eos": "no"}, "ignore_eos"),
+        *[({"n": value}, "n") for value in (0, -1, 129, True, 1.5, "2", [1], 10**30)],
+        *[({"best_of": value}, "best_of") for value in (2, 0, True, "1")],
+        ({"n": 3, "best_of": 2}, "best_of"),
+        *[
+            ({name: value}, name)
+            for name in ("presence_penalty", "frequency_penalty")
+            for value in (2.01, -2.01, True, "1", [], 10**300)
+        ],
+        *[({"min_p": value}, "min_p") for value in (-0.1, 1.1, False, "0.1")],
+        *[({"repetition_penalty": value}, "repetition_penalty") for value in (0, -1, 10.5, True, "1.1")],
+        *[({"min_tokens": value}, "min_tokens") for value in (-1, 1.5, True, "1", 1 << 31, 10**30)],
+        ({"min_tokens": 6, "max_tokens": 5}, "min_tokens"),
+        ({"min_tokens": 4096}, "min_tokens"),  # more than the context leaves room for
+        *[
+            ({"stop_token_ids": value}, "stop_token_ids")
+            for value in (5, "5", {}, [True], [1.5], ["1"], [-1], [100_000], [10**18], [1] * 65)
+        ],
+        *[
+            ({"logit_bias": value}, "logit_bias")
+            for value in (
+                *([], "5", 5, {"a": 1}, {"-1": 1}, {"01": 1}, {"1.0": 1}, {"": 1}, {"٣": 1}, {"100000": 1}),
+                *({"9" * 5000: 1}, {"5": 100.5}, {"5": -101}, {"5": True}, {"5": "1"}, {"5": None}, {"5": 10**300}),
+                {str(id): 1 for id in range(1025)},
+            )
+        ],
+        *[({"logprobs": value}, "logprobs") for value in (1, 0, "yes", [])],
+        *[({"logprobs": True, "top_logprobs": value}, "top_logprobs") for value in (-1, 21, True, 1.5, "3", 10**30)],
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"top_logprobs": 0, "logprobs": False}, "top_logprobs"),
+        ({"return_token_ids": 1}, "return_token_ids"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -114,13 +144,6 @@ def test_missing_field_is_named(gateway, field):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 0),
-        ("n", 2),
-        ("logprobs", True),
-        ("top_logprobs", 3),
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", -0.5),
-        ("logit_bias", {"50256": -100}),
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("tool_choice", "auto"),
         ("tool_choice", "required"),
@@ -131,14 +154,25 @@ def test_missing_field_is_named(gateway, field):
         ("audio", {"voice": "alloy"}),
         ("prediction", {"type": "content", "content": "x"}),
         ("web_search_options", {}),
-        ("n", True),
-        ("presence_penalty", False),
-        ("min_p", 0.1),
-        ("repetition_penalty", 1.1),
-        ("min_tokens", 5),
-        ("stop_token_ids", [2]),
+        ("tools", {}),
+        ("function_call", {"name": "f"}),
+        ("tool_choice", {"type": "function", "function": {"name": "f"}}),
+        ("response_format", "json_object"),
+        ("response_format", {"type": "text", "more": 1}),
+        ("echo", True),
+        ("prompt_logprobs", 1),
+        ("truncate_prompt_tokens", 10),
+        ("length_penalty", 0.5),
+        ("use_beam_search", True),
+        ("skip_special_tokens", False),
         ("include_stop_str_in_output", True),
         ("guided_json", {"type": "object"}),
+        ("guided_regex", "a+"),
+        ("guided_choice", ["a"]),
+        ("guided_grammar", "root ::= 'a'"),
+        ("structured_outputs", {"json": {}}),
+        ("grammar", "root ::= 'a'"),
+        ("json_schema", {}),
     ],
 )
 def test_known_but_not_offered_is_refused_by_name(gateway, field, value):
@@ -199,6 +233,8 @@ def test_unknown_model_is_404(gateway):
         b"null",
         b'{"model": NaN}',
         b'{"temperature": Infinity}',
+        b'{"min_p": NaN}',
+        b'{"logit_bias": {"5": -Infinity}}',
         b'{"temperature": 1e999}',
         b"[" * 100_000,
         b'{"a":' * 2000 + b"1" + b"}" * 2000,

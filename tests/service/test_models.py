@@ -11,6 +11,11 @@ def test_models_are_listed(gateway):
     assert [model.id for model in gateway.sdk.models.list()] == ["acme/tiny-chat"]
 
 
+def test_model_with_random_weights_says_so(gateways):
+    (model,) = gateways(info={"random_weights": True}).http.get("/v1/models").json()["data"]
+    assert model["random_weights"] is True
+
+
 def test_model_with_a_slash_in_its_id(gateway):
     """48."""
     assert gateway.http.get("/v1/models/acme/tiny-chat").json()["id"] == "acme/tiny-chat"

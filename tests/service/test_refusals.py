@@ -145,6 +145,7 @@ def test_ping_is_due_after_the_last_delivery_or_the_last_ping():
         requests=[SimpleNamespace(id=1), SimpleNamespace(id=2)],
         prompt_tokens=2,
         renderings=[None, None],
+        logs=[],
         echoes=[b"", b""],
         shape=SimpleNamespace(opening=lambda index: b"", after_text=b""),
         include_usage=False,

@@ -168,6 +168,15 @@ def test_worker_whose_word_is_of_no_use_is_asked_again(gateways, worker_info, in
     gateway.wait_until(lambda: gateway.http.get("/readyz").status_code == 200)
 
 
+def test_template_that_cannot_be_compiled_is_told_where_readiness_is_asked(gateways, worker_info):
+    """A worker looks at its template before it starts; should one get here all the same, nobody has to guess."""
+    gateway = gateways(info={"chat_template": "{% for m in messages %}\n{{ m.content }\n{% endfor %}"}, wait=False)
+    gateway.wait_until(lambda: "cannot be compiled" in gateway.http.get("/readyz").text)
+    assert "(line 2)" in gateway.http.get("/readyz").text
+    gateway.worker.worker = worker_info
+    gateway.wait_until(lambda: gateway.http.get("/readyz").status_code == 200)
+
+
 def test_worker_with_another_model_is_learnt_anew(gateways, worker_info):
     gateway = gateways()
     gateway.worker.worker = replace(worker_info, model="acme/other", variant="v2")

@@ -9,9 +9,9 @@ import pytest
 from scheduler.batch import Entry, Kind, StepPlan
 from scheduler.calibration import CostModel, Timing, fit_device
 from scheduler.gate import Limits
-from scheduler.hardware import CATALOGUE, Device
+from scheduler.hardware import CATALOGUE, Device, MemoryLevel
 from scheduler.model import SHAPES
-from scheduler.roofline import StepWork, step_cost, step_work
+from scheduler.roofline import NO_WORK, StepWork, step_cost, step_work
 from worker.calibrate import GREEDY, SECONDS, Sweep
 from worker.engine import StepResult
 from worker.simulated import SimulatedEngine
@@ -94,14 +94,45 @@ def test_the_sweep_leaves_no_sequence_behind() -> None:
     assert timings and engine.computed == {} and engine._answers == {}
 
 
-def test_a_slow_engine_is_timed_on_the_cheap_steps_only() -> None:
-    slow = replace(CATALOGUE["laptop-cpu"], host_seconds=0.2)
+SLOW_CORES = Device(
+    "two slow cores",
+    (MemoryLevel("L3", 32e6, 80e9), MemoryLevel("DRAM", 16e9, 30e9)),
+    3e11,
+    host_seconds=0.005,
+    weight_share=0.8,
+    kv_share=0.5,
+    flops_share=0.6,
+    attention_share=0.3,
+)
+CRAWLING = replace(SLOW_CORES, weight_share=0.1, flops_share=0.05, host_seconds=0.2)
+
+
+@pytest.mark.parametrize("slow", [SLOW_CORES, CRAWLING], ids=["slow", "crawling"])
+def test_a_slow_engine_is_timed_on_the_cheap_steps_and_in_time(slow: Device) -> None:
     engine, timings, clock = swept(slow)
     _, all_timings, _ = swept(CATALOGUE["h100"])
     assert 1 <= len(timings) < len(all_timings)
     assert timings[0].work.query_tokens == 1
     assert engine.computed == {}
-    assert clock.now < 10 * SECONDS
+    assert clock.now < SECONDS + 3 * timings[-1].seconds
+
+
+def test_a_fast_engine_is_timed_on_every_step() -> None:
+    _, timings, clock = swept(CATALOGUE["h100"])
+    assert len(timings) == sum(1 for _ in Sweep._cases())
+    assert {1, 8, 32, 128, 512} <= {timing.work.query_tokens for timing in timings}
+    assert clock.now < SECONDS
+
+
+def test_large_steps_that_were_left_out_are_still_foretold() -> None:
+    _, timings, _ = swept(SLOW_CORES)
+    assert max(timing.work.query_tokens for timing in timings) < 512
+    datasheet = replace(SLOW_CORES, host_seconds=0.0, weight_share=1.0, kv_share=1.0, flops_share=1.0)
+    fitted = fit_device(datasheet, SHAPE, timings)
+    for work in (*works(), NO_WORK.plus_chunk(SHAPE, 0, 512, True), NO_WORK.plus_chunk(SHAPE, 0, 2048, True)):
+        assert step_cost(fitted, SHAPE, work).seconds == pytest.approx(
+            step_cost(SLOW_CORES, SHAPE, work).seconds, rel=0.15
+        )
 
 
 def test_the_sweep_stays_within_memory_and_context() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 
 import worker.core
 from scheduler.batch import StepPlan
-from scheduler.messages import Accept, Finish, Reason, Refuse, TokenEvent, Wait, decode_frame
-from worker.core import Outbox
+from scheduler.messages import Accept, Finish, Reason, Refuse, Sampling, TokenEvent, Wait, decode_frame
+from worker.core import Outbox, joined, with_logprobs
+from worker.engine import StepResult
 from worker.link import Command, cut_answers
 
 
@@ -75,6 +77,14 @@ def test_what_is_no_request_is_refused_and_the_loop_goes_on(run_core: Any, tools
     (decision,) = core.read_until(lambda: core.decisions(77))
     assert decision == Refuse(Reason.BAD_REQUEST, 0.0)
     assert isinstance(core.submit(tools.request(1)), Accept)
+
+
+@pytest.mark.parametrize("token", [-1, 1000])
+def test_a_bias_for_what_is_no_token_is_refused(run_core: Any, tools: Any, token: int) -> None:
+    core = run_core()
+    asked = replace(tools.request(1), sampling=Sampling(logit_bias=((5, 1.0), (token, 1.0))))
+    assert core.submit(asked) == Refuse(Reason.BAD_REQUEST, 0.0)
+    assert isinstance(core.submit(replace(asked, sampling=Sampling(logit_bias=((999, 1.0),)))), Accept)
 
 
 def test_a_key_that_is_already_here_is_refused(run_core: Any, tools: Any, engine: Any) -> None:
@@ -300,6 +310,31 @@ def test_what_is_held_of_a_cancelled_request_is_dropped() -> None:
     outbox.drop(7 << 32 | 1)
     outbox.flush(99.0, 0.001)
     assert wire.lines == [{1: [10], 2: [20]}, {2: [21]}]
+
+
+def test_log_probabilities_leave_in_front_of_their_tokens_for_the_same_gateway() -> None:
+    sent = bytearray()
+    outbox = Outbox(SimpleNamespace(send=sent.extend), coalesce_seconds=0.0)  # type: ignore[arg-type]
+    outbox.add([event(1, 10, 11)._replace(logprobs=[[(10, -0.5)], [(11, -1.0)]]), event(2, 20)])
+    outbox.flush(1.0, 0.001)
+    messages, rest = cut_answers(bytes(sent))
+    assert [gateway for gateway, _ in messages] == [7, 7] and not rest
+    logprobs, step = (decode_frame(frame[4:]) for _, frame in messages)
+    assert logprobs["rows"] == {"1": [[[10, -0.5]], [[11, -1.0]]]}
+    assert (step.ids, step.tokens) == ([1, 2], [10, 11, 20])
+
+
+def test_log_probabilities_of_tokens_that_the_gate_cut_are_not_told() -> None:
+    rows = [[(token, -1.0)] for token in (8, 9, 10, 11, 12)]  # the first two are of the prompt
+    result = StepResult({7 << 32 | 1: [10, 11, 12], 7 << 32 | 2: [20], 7 << 32 | 3: [30]}, {7 << 32 | 1: rows})
+    told = with_logprobs([event(1, 10), event(2, 20), event(3, finish=Finish.ERROR)], result)
+    assert [one.logprobs for one in told] == [rows[:3], (), ()]
+
+
+def test_log_probabilities_of_steps_that_leave_together_are_joined() -> None:
+    first, second = (event(1, token)._replace(logprobs=[[(token, -0.5)]]) for token in (10, 11))
+    both = joined(first, second)
+    assert (both.tokens, both.logprobs) == ([10, 11], [[(10, -0.5)], [(11, -0.5)]])
 
 
 def test_a_burst_of_tokens_from_a_coalescing_core_is_whole(run_core: Any, tools: Any, engine: Any) -> None:

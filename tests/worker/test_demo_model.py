@@ -1,4 +1,4 @@
-"""The demo model as it lies in the package, and the corpus it was made from."""
+"""The demo model and its draft-sized sibling as they lie in the package, and the corpus they were made from."""
 
 import json
 import random
@@ -6,14 +6,35 @@ import struct
 from pathlib import Path
 
 import jinja2
+import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer
 
 import worker
+from scheduler.batch import Entry, Kind, StepPlan
+from scheduler.messages import Request, Sampling
 from worker.native.demo.corpus import Corpus, build_corpus
-from worker.native.demo.tokenizer import CHAT_TEMPLATE, render
+from worker.native.demo.draft import DRAFT_SHAPE, accepted_drafts, greedy_agreement, load_llama
+from worker.native.demo.generate import answer, write_rows
+from worker.native.demo.model import Llama, Shape
+from worker.native.demo.tokenizer import CHAT_TEMPLATE, render, render_question
+from worker.native.demo.train import Rows
+from worker.native.runner import NativeEngine
+from worker.tokenizer import read_tokenizer
 
 MODEL = Path(worker.__file__).parent / "models" / "headgate-demo"
+DRAFT = MODEL.with_name("headgate-demo-draft")
+QUESTIONS = (
+    "Hello",
+    "Who are you?",
+    "Document `textwrap.dedent`",
+    "What does shutil.copytree do?",
+    "Document read_all(path, encoding=None)",
+    "Complete this function:\ndef is_empty(self):",
+    "Write `Parser.parse(self, text)`",
+    "What is asyncio.Queue.get?",
+)
 
 MODULE = '''"""Tools for greeting."""
 
@@ -176,3 +197,96 @@ def test_every_conversation_ends_with_the_assistant(lib: Path) -> None:
 
 def test_functions_without_docstring_are_asked_for_their_body(lib: Path) -> None:
     assert "total = sum(values)" in str(every_conversation(build_corpus(lib)))
+
+
+def test_draft_with_its_tokenizer_is_under_a_megabyte() -> None:
+    assert sum(path.stat().st_size for path in DRAFT.iterdir()) < 1_000_000
+
+
+def test_draft_has_the_tokenizer_and_the_template_of_the_demo_model() -> None:
+    draft, demo = read_tokenizer(DRAFT), read_tokenizer(MODEL)
+    assert draft.digest == demo.digest
+    assert draft == demo
+
+
+@pytest.fixture(scope="module")
+def demo() -> Llama:
+    return load_llama(MODEL, Shape())
+
+
+@pytest.fixture(scope="module")
+def draft() -> Llama:
+    return load_llama(DRAFT, DRAFT_SHAPE)
+
+
+def asked(tokenizer: Tokenizer, question: str) -> list[int]:
+    return tokenizer.encode(render_question(question)).ids
+
+
+def test_draft_often_says_what_the_demo_model_says(draft: Llama, demo: Llama, tokenizer: Tokenizer) -> None:
+    agreed = [greedy_agreement(draft, demo, asked(tokenizer, question)) for question in QUESTIONS]
+    accepted, verifications = np.sum([accepted_drafts(one) for one in agreed], axis=0)
+    assert np.concatenate(agreed).mean() > 0.5
+    assert accepted / verifications > 1.0
+
+
+def test_engine_that_loads_the_draft_answers_in_its_words(draft: Llama, tokenizer: Tokenizer) -> None:
+    prompt = asked(tokenizer, "Who are you?")
+    words = answer(draft, prompt, ends=(0, 2), tokens=12)
+    engine = NativeEngine.load(DRAFT, "cpu", "float32", kv_cache_bytes=1 << 20, threads=1)
+    request = Request(1, 0, prompt, 64, sampling=Sampling(temperature=0.0))
+    said = engine.run(StepPlan((Entry(1, Kind.PREFILL, 0, len(prompt), True),), (request,))).tokens[1]
+    for length in range(len(prompt), len(prompt) + len(words) - 1):
+        said += engine.run(StepPlan((Entry(1, Kind.DECODE, length, 1, True),))).tokens[1]
+    assert said == words
+    assert any(letter.isalpha() for letter in tokenizer.decode(said))
+
+
+@pytest.mark.parametrize(
+    ("agreed", "accepted", "verifications"),
+    [
+        ("", 0, 0),
+        ("0", 0, 1),
+        ("1", 1, 1),
+        ("0000", 0, 4),
+        ("1111", 4, 1),
+        ("11110", 4, 1),
+        ("111111", 5, 2),
+        ("1101", 3, 2),
+    ],
+)
+def test_verification_accepts_up_to_the_first_wrong_draft(agreed: str, accepted: int, verifications: int) -> None:
+    assert accepted_drafts(np.array([int(digit) > 0 for digit in agreed], dtype=bool)) == (accepted, verifications)
+
+
+@pytest.fixture(scope="module")
+def small() -> Llama:
+    torch.manual_seed(0)
+    model = Llama(Shape(vocab=50, hidden=16, layers=2, heads=4, kv_heads=2, head_dim=4, intermediate=24, context=64))
+    for parameter in model.parameters():
+        parameter.data *= 20  # far from uniform
+    return model.eval()
+
+
+def test_cached_answer_is_that_of_the_whole_model(small: Llama) -> None:
+    ids = [1, 2, 3, 4, 5]
+    written = answer(small, ids, ends=(), tokens=20)
+    best = small(torch.tensor([[*ids, *written]]))[0].argmax(-1)
+    assert best[len(ids) - 1 : -1].tolist() == written
+    assert answer(small, ids, ends=written[7:8], tokens=20) == written[: written.index(written[7])]
+
+
+def test_written_rows_keep_their_beginnings_and_depend_on_the_seed_alone(small: Llama) -> None:
+    beginnings = torch.arange(24).view(6, 4)
+    rows = write_rows(small, beginnings, tokens=30, seed=1)
+    assert rows.shape == (6, 30)
+    assert torch.equal(rows[:, :4], beginnings)
+    assert torch.equal(rows, write_rows(small, beginnings, tokens=30, seed=1))
+    assert not torch.equal(rows, write_rows(small, beginnings, tokens=30, seed=2))
+
+
+def test_every_second_pair_of_rows_is_the_teachers(tokenizer: Tokenizer) -> None:
+    rows = Rows(tokenizer, ["def f(x): return x"] * 9, [(("user", "Hello"), ("assistant", "Hi."))])
+    rows.written = [np.full(5, 77, dtype=np.uint16)]
+    drawn = rows.draw(np.random.default_rng(0), tokens=11, first=0, count=6)
+    assert [bool((row == 77).all()) for row in drawn] == [False, False, True, True, False, False]

@@ -1,29 +1,43 @@
-"""Where a model is, and what a gateway needs of its files."""
+"""Where a model is: one that ships, a folder, or a config alone."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from worker.files import DEMO, ModelNotFound, find_local_model, find_model, read_config, read_tokenizer
+from worker.files import (
+    DEMO,
+    SHIPPED,
+    ModelNotFound,
+    find_config,
+    find_local_model,
+    find_model,
+    has_random_weights,
+    read_config,
+    shipped_models,
+)
 
 
-def a_model(folder: Path, **files: Any) -> Path:
-    """`name=content` becomes name.json; text becomes the file as it is."""
+def a_model(folder: Path, config: str = "{}") -> Path:
     folder.mkdir(exist_ok=True)
-    for name, content in {"config": {}, "tokenizer": {"version": "1.0"}, **files}.items():
-        path = folder / (name.replace("__", ".") if "__" in name else f"{name}.json")
-        path.write_text(content if isinstance(content, str) else json.dumps(content))
+    (folder / "config.json").write_text(config)
     return folder
 
 
-def test_the_model_that_ships_is_found_and_complete() -> None:
+def test_the_model_that_ships_is_found() -> None:
     folder = find_model(DEMO)
-    files = read_tokenizer(folder)
-    assert files.chat_template and files.eos_ids and read_config(folder)["vocab_size"]
+    assert not has_random_weights(folder) and read_config(folder)["vocab_size"] == 4096
+
+
+@pytest.mark.parametrize("name", ["wall", "llama-3.2-1b"])
+def test_a_model_that_ships_without_weights_has_random_ones(name: str) -> None:
+    assert has_random_weights(find_model(name))
+    assert read_config(find_model(name))["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_a_folder_of_ones_own_without_weights_does_not_get_random_ones(tmp_path: Path) -> None:
+    assert not has_random_weights(find_model(str(a_model(tmp_path / "wall"))))
 
 
 def test_a_folder_is_found(tmp_path: Path) -> None:
@@ -51,84 +65,52 @@ def test_a_hub_name_is_left_to_the_hub() -> None:
     assert find_local_model("nobody/no-such-model") is None
 
 
-def test_a_hub_model_that_cannot_be_had_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    def offline(name: str, **_: Any) -> str:
-        raise OSError("We cannot reach the hub.\nAnd here is a long story.")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+def test_what_is_no_model_is_told_with_the_names_that_are() -> None:
     with pytest.raises(ModelNotFound) as raised:
-        find_model("nobody/no-such-model")
-    assert str(raised.value) == "the hub model nobody/no-such-model could not be had: We cannot reach the hub."
+        find_model("nonsense")
+    assert all(name in str(raised.value) for name in (*shipped_models(), DEMO, "wall", "llama-3.2-1b"))
 
 
-def test_a_model_without_a_tokenizer_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["folder", "config.json", "other.json", "~", "name"])
+def test_a_config_for_random_weights_may_be_a_folder_a_file_or_a_name(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     folder = a_model(tmp_path / "mine")
-    (folder / "tokenizer.json").unlink()
-    with pytest.raises(ModelNotFound, match=r"has no tokenizer.json"):
-        read_tokenizer(folder)
+    (folder / "other.json").write_text("{}")
+    config = folder / "config.json"
+    name, expected = {
+        "folder": (str(folder), config),
+        "config.json": (str(config), config),
+        "other.json": (str(folder / "other.json"), folder / "other.json"),
+        "~": ("~/mine", config),
+        "name": ("wall", SHIPPED / "wall" / "config.json"),
+    }[form]
+    assert find_config(name) == expected
+    assert has_random_weights(expected)
 
 
-def test_special_tokens_are_texts_whether_written_plain_or_as_objects(tmp_path: Path) -> None:
-    settings = {
-        "bos_token": "<s>",
-        "eos_token": {"content": "</s>", "lstrip": False},
-        "pad_token": None,
-        "unk_token": 7,
-        "add_bos_token": True,
-        "model_max_length": 4096,
-    }
-    files = read_tokenizer(a_model(tmp_path / "mine", tokenizer_config=settings))
-    assert files.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+def test_a_config_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match=r"--random-weights .*: there is no such config.json"):
+        find_config(str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("generation", "config", "expected"),
-    [
-        ({"eos_token_id": [5, 6]}, {"eos_token_id": 1}, (5, 6)),
-        ({"eos_token_id": 0}, {"eos_token_id": 1}, (0,)),
-        ({}, {"eos_token_id": 1}, (1,)),
-        ({"eos_token_id": None}, {"eos_token_id": [2]}, (2,)),
-        ({}, {}, ()),
-    ],
-)
-def test_end_ids_come_from_the_generation_config_first(
-    tmp_path: Path, generation: dict[str, Any], config: dict[str, Any], expected: tuple[int, ...]
-) -> None:
-    folder = a_model(tmp_path / "mine", generation_config=generation, config=config)
-    assert read_tokenizer(folder).eos_ids == expected
-
-
-def test_a_template_of_its_own_file_wins(tmp_path: Path) -> None:
-    settings = {"chat_template": "from settings"}
-    folder = a_model(tmp_path / "mine", tokenizer_config=settings, chat_template__jinja="from its file")
-    assert read_tokenizer(folder).chat_template == "from its file"
+def test_a_config_as_a_model_is_told_about_random_weights(tmp_path: Path) -> None:
+    config = a_model(tmp_path / "mine") / "config.json"
+    with pytest.raises(ModelNotFound, match="--random-weights serves a config without weights"):
+        find_model(str(config))
 
 
 @pytest.mark.parametrize(
-    ("template", "expected"),
+    ("content", "message"),
     [
-        ("plain", "plain"),
-        ([{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}], "d"),
-        ([{"name": "tool_use", "template": "t"}], None),
-        (None, None),
+        ("{", r"config.json is not JSON: Expecting"),
+        ("[]", r"config.json is not a JSON object"),
+        (None, "no config.json"),
     ],
 )
-def test_a_template_is_looked_up_in_the_tokenizers_settings(
-    tmp_path: Path, template: Any, expected: str | None
-) -> None:
-    folder = a_model(tmp_path / "mine", tokenizer_config={"chat_template": template})
-    assert read_tokenizer(folder).chat_template == expected
-
-
-def test_the_digest_changes_with_tokenizer_template_and_special_tokens(tmp_path: Path) -> None:
-    variants = [
-        {},
-        {"tokenizer": {"version": "2.0"}},
-        {"tokenizer_config": {"chat_template": "x"}},
-        {"tokenizer_config": {"eos_token": "x"}},
-    ]
-    digests = [read_tokenizer(a_model(tmp_path / str(n), **files)).digest for n, files in enumerate(variants)]
-    assert len(set(digests)) == len(variants)
-    assert digests[0] == read_tokenizer(a_model(tmp_path / "again")).digest
+def test_a_config_that_cannot_be_read_is_told(content: str | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        a_model(tmp_path, content)
+    with pytest.raises(ValueError, match=message):
+        read_config(tmp_path)

@@ -359,7 +359,7 @@ def test_the_front_ends_when_the_engine_process_dies(front: Front, engine: Any, 
 def test_the_front_ends_with_the_sentence_of_a_start_that_failed(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     front = Front(monkeypatch, None)
     front.thread.join(PATIENCE_SECONDS)
-    assert front.status == 1
+    assert front.status == 2
     assert "headgate: worker: this model does not fit" in capfd.readouterr().err
     front.close()
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from scheduler.calibration import CostModel
 from scheduler.gate import Ended
 from scheduler.messages import Accept, Finish, Reason, Refuse, StepReport, Wait
-from scheduler.roofline import CAUSES
+from scheduler.roofline import CAUSES, decode_work
 from worker.metrics import GAUGES, HISTOGRAMS, Meter, WorkerCollector
 
 
@@ -121,6 +123,31 @@ def test_without_steps_every_gauge_is_there_and_nothing_is_divided_by_nothing(me
     assert samples(families, "headgate_limit_ratio")[()] == 0
 
 
+def test_what_was_measured_of_the_machine_is_told(tools: Any) -> None:
+    built = tools.build_with(None)
+    measured = replace(
+        tools.DEVICE,
+        flops_per_dtype=(("bfloat16", 3e11), ("float32", 9e10)),
+        weights_bytes_per_second=9e8,
+        call_seconds=2e-6,
+    )
+    built.gate.cost = CostModel(measured, tools.SHAPE)
+    families = rendered(Meter(built.gate, measured.flops_per_second))
+    assert samples(families, "headgate_measured_bandwidth_bytes_per_second") == {("memory",): 1e9, ("weights",): 9e8}
+    assert samples(families, "headgate_measured_flops_per_second") == {("bfloat16",): 3e11, ("float32",): 9e10}
+    assert samples(families, "headgate_measured_call_seconds")[()] == 2e-6
+
+
+def test_the_limit_is_that_of_the_fastest_step_once_one_was_faster_than_the_probe(tools: Any) -> None:
+    gate = tools.build_with(None).gate
+    meter = Meter(gate, tools.DEVICE.flops_per_second)
+    work = decode_work(tools.SHAPE, 1, 0.0)
+    gate.cost.observe(work, gate.cost.limit.seconds(work) / 2)
+    gauges = meter.state(now=1.0)["gauges"]
+    assert gauges["limit_bandwidth_bytes_per_second"] == pytest.approx(2 * tools.DEVICE.memory.bytes_per_second)
+    assert gauges["measured_bandwidth_bytes_per_second/memory"] == tools.DEVICE.memory.bytes_per_second
+
+
 def test_a_step_without_a_floor_says_nothing_of_the_budget(meter: Meter) -> None:
     meter.step(report(budget=float("inf")), now=1.0)
     assert meter.state(1.0)["gauges"]["bandwidth_budget_ratio"] == 0
@@ -156,7 +183,7 @@ def test_labels_are_bounded_however_many_requests_there_were(meter: Meter) -> No
     meter.ended(ended())
     assert sum(len(family.samples) for family in rendered(meter).values()) == rows < 300
     assert {label for f in families.values() for s in f.samples for label in s.labels} == (
-        {"model", "worker", "tier", "finish", "cause", "decision", "reason", "le", "component", "version"}
+        {"model", "worker", "tier", "finish", "cause", "decision", "reason", "le", "component", "version", "level"}
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,12 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from scheduler.batch import Entry, Kind, StepPlan
 from scheduler.messages import Request, Sampling
-from worker.native.config import Rope
-from worker.native.decoder import rope_table
+from worker.native.config import DecoderConfig, Rope
+from worker.native.decoder import rope_frequencies, rope_table
 from worker.native.inputs import group_by_length
 from worker.native.runner import NativeEngine
 
@@ -39,6 +49,9 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+NO_SPECIAL = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}  # of a vocabulary larger than this one
+SLIDING, FULL = "sliding_attention", "full_attention"
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**SMALL),
     "llama-tied": lambda: LlamaConfig(**SMALL, tie_word_embeddings=True),
@@ -46,8 +59,34 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama-wide-heads-and-biases": lambda: LlamaConfig(**SMALL, head_dim=24, attention_bias=True, mlp_bias=True),
     "llama-one-kv-head": lambda: LlamaConfig(**{**SMALL, "num_key_value_heads": 1}),
     "llama-no-sharing": lambda: LlamaConfig(**{**SMALL, "num_key_value_heads": 4}),
+    "llama-linear-rope": lambda: LlamaConfig(
+        **SMALL, rope_parameters={"rope_type": "linear", "rope_theta": 5000.0, "factor": 3.0}
+    ),
+    "mistral": lambda: MistralConfig(**SMALL, head_dim=24, sliding_window=None),
+    "mistral-window": lambda: MistralConfig(**SMALL, sliding_window=21),
+    "mistral-window-of-one-block-tied": lambda: MistralConfig(**SMALL, sliding_window=16, tie_word_embeddings=True),
+    "qwen2": lambda: Qwen2Config(**SMALL),
+    "qwen2-late-windows-tied": lambda: Qwen2Config(
+        **SMALL, use_sliding_window=True, sliding_window=37, max_window_layers=1, tie_word_embeddings=True
+    ),
+    "qwen2-yarn": lambda: Qwen2Config(**SMALL, rope_parameters=YARN),
     "qwen3": lambda: Qwen3Config(**SMALL, head_dim=32, tie_word_embeddings=True),
     "qwen3-untied": lambda: Qwen3Config(**SMALL, head_dim=16, attention_bias=True),
+    "qwen3-listed-windows": lambda: Qwen3Config(
+        **SMALL, head_dim=32, use_sliding_window=True, sliding_window=9, layer_types=[FULL, SLIDING, FULL]
+    ),
+    "smollm3": lambda: SmolLM3Config(**{**SMALL, "num_hidden_layers": 4}, **NO_SPECIAL),
+    "smollm3-listed-untied-biases": lambda: SmolLM3Config(
+        **SMALL,
+        **NO_SPECIAL,
+        no_rope_layers=[0, 1, 0],
+        tie_word_embeddings=False,
+        attention_bias=True,
+        mlp_bias=True,
+    ),
+    "smollm3-windows": lambda: SmolLM3Config(
+        **SMALL, **NO_SPECIAL, no_rope_layer_interval=2, use_sliding_window=True, sliding_window=24
+    ),
 }
 
 
@@ -148,7 +187,7 @@ def record_logits(engine: NativeEngine) -> dict[tuple[int, ...], torch.Tensor]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_agrees_with_transformers_in_any_mix_of_batch_chunk_and_block(name: str, tmp_path: Path) -> None:
     model = save_model(name, tmp_path)
-    block_bytes = 3 * 16 * 2 * 4 * model.config.num_key_value_heads * model.config.head_dim
+    block_bytes = engine_block_bytes(tmp_path)
     engine = NativeEngine.load(tmp_path, "cpu", "float32", kv_cache_bytes=26 * block_bytes, threads=1)
     seen = record_logits(engine)
     rng = random.Random(1)
@@ -159,6 +198,11 @@ def test_agrees_with_transformers_in_any_mix_of_batch_chunk_and_block(name: str,
     assert engine.free_blocks == engine.num_blocks == 26
     for running in scheduler.sequences.values():
         check_against(model, running.tokens, running.prompt_tokens, seen)
+
+
+def engine_block_bytes(path: Path) -> int:
+    shape = DecoderConfig.from_dict(json.loads((path / "config.json").read_text()))
+    return shape.layers * 16 * 2 * 4 * shape.kv_heads * shape.head_dim
 
 
 @torch.no_grad()
@@ -186,7 +230,7 @@ def test_a_flat_batch_of_many_lengths_gives_each_sequence_its_own_logits(tmp_pat
 
 @pytest.mark.parametrize("lengths", [[1], [512, 16, 16, 16], [500, 400, 300, 200, 100, 50, 25, 12, 6, 3], [64] * 9])
 def test_less_than_half_of_a_group_is_padding(lengths: list[int]) -> None:
-    groups = group_by_length(lengths, group_tokens=10_000)
+    groups = group_by_length([(length, False) for length in lengths], group_tokens=10_000)
     at = 0
     for count in groups:
         assert count * lengths[at] < 2 * sum(lengths[at : at + count])
@@ -195,8 +239,8 @@ def test_less_than_half_of_a_group_is_padding(lengths: list[int]) -> None:
 
 
 def test_a_group_gathers_no_more_than_its_bound() -> None:
-    assert group_by_length([64] * 9, group_tokens=256) == [4, 4, 1]
-    assert group_by_length([1000, 1000], group_tokens=256) == [1, 1]
+    assert group_by_length([(64, False)] * 9, group_tokens=256) == [4, 4, 1]
+    assert group_by_length([(1000, False)] * 2, group_tokens=256) == [1, 1]
 
 
 def test_bfloat16_stays_close_to_float32(tmp_path: Path) -> None:
@@ -217,6 +261,28 @@ def test_rope_table_has_unit_length_and_starts_unrotated() -> None:
     cos, sin = rope_table(Rope(theta=10000.0), head_dim=8, positions=5)
     torch.testing.assert_close(cos**2 + sin**2, torch.ones_like(cos))
     assert cos[0].eq(1).all() and sin[0].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"original_max_position_embeddings": None},
+        {"factor": 40.0, "beta_fast": 20, "beta_slow": 2},
+        {"truncate": False},
+        {"attention_factor": 1.5},
+        {"mscale": 1.0, "mscale_all_dim": 0.7},
+        {"mscale": 1.0},
+        {"beta_fast": 1, "beta_slow": 1, "truncate": False},
+    ],
+)
+def test_yarn_is_that_of_transformers(change: dict[str, Any]) -> None:
+    scaling = {name: value for name, value in {**YARN, **change}.items() if value is not None}
+    reference = Qwen2Config(**SMALL, rope_parameters=dict(scaling))
+    frequencies, length = ROPE_INIT_FUNCTIONS["yarn"](reference)
+    own = DecoderConfig.from_dict({**SMALL, "architectures": ["Qwen2ForCausalLM"], "rope_parameters": scaling})
+    assert own.rope.length == pytest.approx(length)
+    torch.testing.assert_close(rope_frequencies(own.rope, own.head_dim), frequencies)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -1,83 +1,115 @@
-"""Measuring the machine: what is read of it, and that a measurement is one."""
+"""Measuring the machine: that a measurement is one, and how many threads are taken."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from worker.native.machine import (
-    DEFAULT_CACHES,
-    available_cpus,
-    cgroup_cpus,
+    call_seconds,
     choose_threads,
-    cpu_caches,
+    flops_rates,
     matmul_rate,
-    parse_cpu_list,
+    measure_machine,
     read_bandwidth,
+    weights_bandwidth,
 )
 
 CPU = torch.device("cpu")
 
 
-def write(root: Path, **files: str) -> None:
-    root.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (root / name.replace("__", ".")).write_text(text + "\n")
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that spin for each other on busy cores take a hundred times as long, and rates become implausible."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
-def test_caches_are_read_and_private_ones_count_once_per_thread(tmp_path: Path) -> None:
-    write(tmp_path / "index0", level="1", type="Data", size="32K", shared_cpu_list="0")
-    write(tmp_path / "index1", level="1", type="Instruction", size="32K", shared_cpu_list="0")
-    write(tmp_path / "index2", level="2", type="Unified", size="1024K", shared_cpu_list="0")
-    write(tmp_path / "index3", level="3", type="Unified", size="32M", shared_cpu_list="0-7,16-23")
-    assert cpu_caches(4, tmp_path) == {"L2": 4 << 20, "L3": 32 << 20}
+@pytest.fixture
+def paced(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[int, float], list[int], list[int]]:
+    """Seconds of a step by the number of threads; the number that is set; every number that was timed."""
+    seconds: dict[int, float] = {}
+    current, tried = [1], []
 
+    def round_seconds(*_: object) -> float:
+        tried.append(current[0])
+        return seconds[current[0]]
 
-def test_a_machine_that_tells_nothing_gets_the_usual_caches(tmp_path: Path) -> None:
-    write(tmp_path / "index2", level="2")
-    assert cpu_caches(4, tmp_path) == DEFAULT_CACHES
-
-
-@pytest.mark.parametrize(("text", "count"), [("0", 1), ("0-3", 4), ("0-3,8,10-11\n", 7)])
-def test_cpu_lists(text: str, count: int) -> None:
-    assert len(parse_cpu_list(text)) == count
-
-
-def test_the_strictest_quota_on_the_way_to_the_root_counts(tmp_path: Path) -> None:
-    groups = tmp_path / "groups"
-    groups.write_text("0::/outer/inner\n")
-    root = tmp_path / "root"
-    assert cgroup_cpus(root, groups) == float("inf")
-    write(root / "outer", cpu__max="150000 100000")
-    write(root / "outer" / "inner", cpu__max="max 100000")
-    assert cgroup_cpus(root, groups) == 1.5
-
-
-def test_quota_of_the_first_version(tmp_path: Path) -> None:
-    groups = tmp_path / "groups"
-    groups.write_text("4:memory:/x\n3:cpu,cpuacct:/x\n")
-    write(tmp_path / "root" / "cpu,cpuacct" / "x", cpu__cfs_quota_us="200000", cpu__cfs_period_us="100000")
-    assert cgroup_cpus(tmp_path / "root", groups) == 2.0
-    assert cgroup_cpus(tmp_path / "root", tmp_path / "absent") == float("inf")
-
-
-def test_at_least_one_cpu_is_available() -> None:
-    assert available_cpus() >= 1
-
-
-def test_more_threads_must_gain_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = {1: 1.0, 4: 0.0}
-    current = [1]
     monkeypatch.setattr(torch, "set_num_threads", lambda count: current.__setitem__(0, count))
-    monkeypatch.setattr("worker.native.machine._round_seconds", lambda *_: seconds[current[0]])
-    for four, expected in ((0.5, 4), (0.9, 1), (1.5, 1)):
-        seconds[4] = four
-        assert choose_threads(lambda: None, 4, budget_seconds=0) == expected == current[0]
-    assert choose_threads(lambda: None, 1) == 1
+    monkeypatch.setattr("worker.native.machine._round_seconds", round_seconds)
+    return seconds, current, tried
+
+
+@pytest.mark.parametrize(("four", "expected"), [(0.5, 4), (0.9, 1), (1.5, 1)])
+def test_more_threads_must_gain_enough(
+    paced: tuple[dict[int, float], list[int], list[int]], four: float, expected: int
+) -> None:
+    seconds, current, _ = paced
+    seconds.update({1: 1e-3, 4: four * 1e-3})
+    assert choose_threads(lambda: None, (4, 1), budget_seconds=0.01) == expected == current[0]
+
+
+def test_the_fewest_threads_near_the_fastest_are_taken(
+    paced: tuple[dict[int, float], list[int], list[int]],
+) -> None:
+    seconds, _, tried = paced
+    seconds.update({64: 1.1e-3, 32: 1.0e-3, 16: 1.1e-3, 1: 9e-3})
+    assert choose_threads(lambda: None, (64, 32, 16, 1), budget_seconds=0.01) == 16
+    assert set(tried) == {64, 32, 16, 1}
+
+
+def test_a_step_that_outlasts_the_budget_is_run_once_with_all_threads(
+    paced: tuple[dict[int, float], list[int], list[int]],
+) -> None:
+    seconds, _, tried = paced
+    seconds.update({8: 5.0, 1: 40.0})
+    assert choose_threads(lambda: None, (8, 1), budget_seconds=0.0) == 8
+    assert tried == [8]
+
+
+def test_where_there_is_one_cpu_nothing_is_timed(paced: tuple[dict[int, float], list[int], list[int]]) -> None:
+    _, current, tried = paced
+    assert choose_threads(lambda: None, (1,)) == 1 == current[0]
+    assert tried == []
 
 
 def test_rates_are_of_a_plausible_size() -> None:
     assert 1e8 < read_bandwidth(1 << 20, CPU) < 1e13
     assert 1e8 < matmul_rate(128, CPU, torch.float32) < 1e15
+    assert 1e-8 < call_seconds(CPU) < 1e-3
+
+
+def test_weights_are_read_whatever_they_hold_and_however_they_lie() -> None:
+    nan = torch.full((512, 512), float("nan"), dtype=torch.bfloat16)
+    transposed = torch.ones(256, 512).T
+    for weights in ([nan], [transposed], [nan, transposed]):
+        assert 1e7 < weights_bandwidth(weights, CPU) < 1e13
+
+
+def test_what_cannot_be_read_in_words_or_is_no_matrix_is_left_out() -> None:
+    norm = torch.ones(64)
+    odd = torch.ones(99_999, dtype=torch.bfloat16)
+    shifted = torch.ones(100_001, dtype=torch.bfloat16)[1:]
+    gaps = torch.ones(512, 512)[:, ::2]
+    assert weights_bandwidth([norm, odd, shifted, gaps], CPU) == weights_bandwidth([], CPU) == 0.0
+
+
+def test_the_engines_own_format_comes_first_and_is_never_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    flops = {torch.float32: 1e11, torch.bfloat16: 5e11, torch.float16: 1e9}
+    monkeypatch.setattr("worker.native.machine.matmul_rate", lambda size, device, dtype, budget=0: flops[dtype])
+    assert list(flops_rates(CPU, "bfloat16").items()) == [("bfloat16", 5e11), ("float32", 1e11)]
+    assert list(flops_rates(CPU, "float16").items()) == [("float16", 1e9), ("float32", 1e11), ("bfloat16", 5e11)]
+
+
+def test_the_level_that_holds_the_weights_is_never_slower_than_they_were_read() -> None:
+    weights = [torch.ones(256, 1024)]
+    device = measure_machine("cpu", "float32", weights)
+    held = device.level_for(weights[0].nbytes)
+    assert held.bytes_per_second >= device.weights_bytes_per_second > 0
+    assert device.flops_per_second == dict(device.flops_per_dtype)["float32"]
+    assert [level.name for level in device.levels][-1] == "DRAM"
+    assert device.call_seconds > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from scheduler.batch import Entry, Kind, StepPlan
-from scheduler.messages import Request, Sampling
+from scheduler.messages import Logprobs, Request, Sampling
 from worker.engine import Engine
 from worker.native.config import DecoderConfig
+from worker.native.inputs import StepInputs
 from worker.native.loader import tensor_shapes
 from worker.native.runner import NativeEngine
 
@@ -135,6 +137,127 @@ def test_thread_choice_leaves_no_trace(checkpoint: Path) -> None:
     assert engine.free_blocks == 8
     assert torch.get_num_threads() >= 1
     torch.set_num_threads(1)
+
+
+# --- penalties, and what the model thought
+
+
+SHAPING = Sampling(
+    1.0, 0.95, seed=4, repetition_penalty=1.4, presence_penalty=0.5, frequency_penalty=0.8, min_p=0.01, min_tokens=25
+)
+
+
+def generate(engine: NativeEngine, asked: Request, steps: int, chunk: int = 1000) -> tuple[list[int], list[Logprobs]]:
+    """The tokens of a prefill in chunks and of decode steps, and what was told of them."""
+    prompt, tokens, told = len(asked.prompt), [], []
+    for position in range(0, prompt, chunk):
+        count = min(chunk, prompt - position)
+        entry = Entry(asked.key, Kind.PREFILL, position, count, position + count == prompt)
+        result = engine.run(StepPlan((entry,), start=() if position else (asked,)))
+        told += result.logprobs.get(asked.key, [])
+        tokens += result.tokens.get(asked.key, [])
+    for step in range(steps - 1):
+        result = engine.run(StepPlan((Entry(asked.key, Kind.DECODE, prompt + step, 1, True),)))
+        told += result.logprobs.get(asked.key, [])
+        tokens += result.tokens[asked.key]
+    engine.run(StepPlan(stop=(asked.key,)))
+    return tokens, told
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_resumed_sequence_continues_exactly_as_an_uninterrupted_one(engine: NativeEngine, temperature: float) -> None:
+    asked = request(1, [5, 6, 7] * 9)
+    stop_ids = frozenset(range(30, 60))  # much of what there is, so that the ban matters
+    asked = replace(asked, sampling=replace(SHAPING, temperature=temperature), stop_ids=stop_ids)
+    expected, _ = generate(engine, asked, 60)
+    assert stop_ids.isdisjoint(expected[:25]) and not stop_ids.isdisjoint(expected[25:])
+    for cut in (1, 10, 24, 25, 40):
+        again = replace(asked, prompt=[*asked.prompt, *expected[:cut]], resumed_tokens=cut)
+        assert expected[:cut] + generate(engine, again, 60 - cut, chunk=13)[0] == expected
+
+
+def test_penalties_change_what_is_said_of_who_asks_alone(engine: NativeEngine) -> None:
+    plain = request(1, [9] * 30, temperature=0.0)
+    shaping = replace(plain, id=2, sampling=replace(SHAPING, temperature=0.0, logit_bias=((9, -100.0),)))
+    alone = [generate(engine, r, 40)[0] for r in (plain, shaping)]
+    first = engine.run(prefill(plain, shaping)).tokens
+    rest = decode(engine, {1: 30, 2: 30}, 39)
+    assert [first[key] + rest[key] for key in (1, 2)] == alone
+    assert len(set(alone[1])) > 2 * len(set(alone[0])) and 9 not in alone[1]
+
+
+def whole_forward(engine: NativeEngine, tokens: list[int]) -> torch.Tensor:
+    """Log probabilities after each token, from one pass over all of them."""
+    seen = {}
+    forward = engine._decoder.forward
+
+    def recording(inputs: StepInputs) -> torch.Tensor:
+        seen["hidden"] = forward(inputs)
+        return seen["hidden"]
+
+    engine._decoder.forward = recording  # type: ignore[method-assign]
+    engine.run(prefill(request(77, tokens)))
+    engine.run(StepPlan(stop=(77,)))
+    engine._decoder.forward = forward  # type: ignore[method-assign]
+    return engine._decoder.logits(seen["hidden"]).log_softmax(-1)
+
+
+def check_told(told: list[Logprobs], tokens: list[int], reference: torch.Tensor, count: int) -> None:
+    """`told` is of all tokens but the first."""
+    assert len(told) == len(tokens) - 1
+    for at, (row, token) in enumerate(zip(told, tokens[1:], strict=True)):
+        assert row[0] == (token, pytest.approx(float(reference[at, token]), abs=1e-4))
+        values, best = reference[at].topk(count)
+        assert [other for other, _ in row[1:]] == best.tolist()
+        assert [value for _, value in row[1:]] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_logprobs_of_prompt_and_output_are_those_of_a_whole_forward_however_it_is_cut(
+    engine: NativeEngine, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.native.runner.TOLD_AT_ONCE", 16)
+    prompt = [(i * i) % 120 for i in range(50)]
+    asked = replace(request(1, prompt), logprobs=count, prompt_logprobs=True)
+    for chunk in (1, 7, 16, 49, 50):
+        tokens, told = generate(engine, asked, 12, chunk)
+        assert tokens == generate(engine, replace(asked, logprobs=None), 12)[0], "asking changes nothing"
+        check_told(told, [*prompt, *tokens], whole_forward(engine, [*prompt, *tokens]), count)
+
+
+def test_logprobs_of_the_prompt_come_with_the_first_token_and_only_then(engine: NativeEngine) -> None:
+    told, silent, short = request(1, [3] * 20), request(2, [4] * 20), request(3, [5])
+    told = replace(told, logprobs=1, prompt_logprobs=True)
+    short = replace(short, logprobs=0, prompt_logprobs=True)
+    result = engine.run(StepPlan((Entry(1, Kind.PREFILL, 0, 15, False),), start=(told,)))
+    assert result.logprobs == {}
+    rest = Entry(1, Kind.PREFILL, 15, 5, True)
+    result = engine.run(StepPlan((rest, *prefill(silent, short).entries), start=(silent, short)))
+    assert {key: len(rows) for key, rows in result.logprobs.items()} == {1: 20, 3: 1}
+    result = engine.run(StepPlan((Entry(1, Kind.DECODE, 20, 1, True), Entry(3, Kind.DECODE, 1, 1, True))))
+    assert {key: len(rows) for key, rows in result.logprobs.items()} == {1: 1, 3: 1}
+
+
+def test_positions_computed_anew_are_told_once(engine: NativeEngine) -> None:
+    asked = replace(request(1, list(range(40))), logprobs=2, prompt_logprobs=True)
+    expected = generate(engine, asked, 1)[1]
+    engine.run(StepPlan((Entry(1, Kind.PREFILL, 0, 30, False),), start=(asked,)))
+    engine.run(StepPlan((Entry(1, Kind.PREFILL, 10, 10, False),)))
+    assert engine.run(StepPlan((Entry(1, Kind.PREFILL, 20, 20, True),))).logprobs[1] == approximately(expected)
+    engine.run(StepPlan((Entry(1, Kind.PREFILL, 5, 35, False),)))
+    assert len(engine.run(StepPlan((Entry(1, Kind.DECODE, 40, 1, True),))).logprobs[1]) == 1
+
+
+def approximately(rows: list[Logprobs]) -> list[list[tuple[int, float]]]:
+    return [[(token, pytest.approx(value, abs=1e-4)) for token, value in row] for row in rows]
+
+
+def test_a_resumed_request_tells_nothing_of_its_prompt(engine: NativeEngine) -> None:
+    asked = replace(request(1, list(range(40))), logprobs=2, prompt_logprobs=True, resumed_tokens=5)
+    assert len(generate(engine, asked, 3)[1]) == 3
+
+
+# --- what makes no sense
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from scheduler.model import SHAPES
 from scheduler.roofline import step_cost, step_work
 from worker.build import build
 from worker.config import WorkerConfig
-from worker.files import DEMO, find_model, read_tokenizer
+from worker.files import DEMO, find_model
 from worker.simulated import SENTENCE, SimulatedEngine, find_device, find_shape
+from worker.tokenizer import read_tokenizer
 
 DEVICE, SHAPE = CATALOGUE["h100"], SHAPES["llama-3.1-8b"]
 EOS = 2
@@ -169,6 +170,48 @@ def test_who_ignores_the_end_is_not_ended(clock: Clock) -> None:
     start(engine, 1, ends=False)
     drawn = engine._answers[1].tokens
     assert EOS not in [decode(engine, 1) for _ in range(drawn + 5)]
+
+
+def test_no_answer_ends_before_min_tokens(clock: Clock) -> None:
+    engine = an_engine(clock)
+    for key in range(20):
+        sampling = Sampling(seed=key, min_tokens=500)
+        engine.run(StepPlan(start=(Request(key, 0, [5] * 8, 10**6, sampling=sampling, stop_ids=frozenset({EOS})),)))
+        assert len(answer(engine, key)) > 500
+
+
+def test_who_stops_at_other_ids_hears_no_end_token(clock: Clock) -> None:
+    engine = an_engine(clock)
+    engine.run(StepPlan(start=(Request(1, 0, [5] * 8, 10**6, stop_ids=frozenset({7})),)))
+    assert EOS not in answer(engine, 1, most=engine._answers[1].tokens + 5)
+
+
+def test_a_resumed_answer_goes_on_where_it_was(clock: Clock) -> None:
+    engine = an_engine(clock)
+    start(engine, 1, seed=3)
+    expected = answer(engine, 1)
+    prompt = [5] * 8 + expected[:17]
+    again = Request(1, 0, prompt, 10**6, sampling=Sampling(seed=3), stop_ids=frozenset({EOS}), resumed_tokens=17)
+    engine.run(StepPlan(stop=(1,), start=(again,)))
+    assert answer(engine, 1) == expected[17:]
+
+
+def test_log_probabilities_are_made_up_for_who_asks(clock: Clock) -> None:
+    engine = an_engine(clock)
+    asked = Request(1, 0, [5, 6, 7], 100, logprobs=3, prompt_logprobs=True)
+    silent = Request(2, 0, [5], 100)
+    alone = Request(3, 0, [5], 100, logprobs=0)
+    entries = tuple(Entry(key, Kind.PREFILL, 0, count, True) for key, count in ((1, 3), (2, 1), (3, 1)))
+    result = engine.run(StepPlan(entries, (asked, silent, alone)))
+    assert [[token for token, _ in row] for row in result.logprobs[1]] == [
+        [6, 6, 10, 11],
+        [7, 7, 10, 11],
+        [10, 10, 11, 12],
+    ]
+    for row in result.logprobs[1]:
+        assert [value for _, value in row] == pytest.approx([-0.105361, -0.105361, -2.995732, -3.688879])
+    assert result.logprobs[3] == [[(10, -0.105361)]] and 2 not in result.logprobs
+    assert len(engine.run(StepPlan((Entry(1, Kind.DECODE, 3, 1, True),))).logprobs[1]) == 1
 
 
 def test_what_is_stopped_is_forgotten_and_unknown_keys_do_no_harm(clock: Clock) -> None:

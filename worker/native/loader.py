@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from worker.native.checkpoint import Checkpoint
 from worker.native.config import DecoderConfig
-from worker.native.linear import Linear
+from worker.native.linear import PLAIN, Linear, Products
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# What is copied at a time: on a CPU a cache still holds it when it is looked through for NaN.
+SLAB_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +73,15 @@ def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 def _layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     hidden, inner = config.hidden, config.intermediate
     q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    attention = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)}
+    qkv = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden)}
+    o = {"o_proj": (hidden, q)}
     mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    modules = (("self_attn", qkv, config.qkv_bias), ("self_attn", o, config.o_bias), ("mlp", mlp, config.mlp_bias))
     shapes: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
     }
-    for module, matrices, bias in (("self_attn", attention, config.attention_bias), ("mlp", mlp, config.mlp_bias)):
+    for module, matrices, bias in modules:
         for name, shape in matrices.items():
             shapes[f"{module}.{name}.weight"] = shape
             if bias:
@@ -89,66 +91,35 @@ def _layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-class Checkpoint:
-    """The memory-mapped safetensors files of a directory. Raises ValueError when they are not all there."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._files: list[Any] = []
-        self._file_of: dict[str, Any] = {}
-        for file in self._find():
-            handle = safe_open(file, framework="pt")
-            self._files.append(handle)
-            self._file_of |= dict.fromkeys(handle.keys(), handle)
-        self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in self._file_of.items()}
-
-    def _find(self) -> list[Path]:
-        index = self.path / "model.safetensors.index.json"
-        weight_map = json.loads(index.read_text())["weight_map"] if index.exists() else {"": "model.safetensors"}
-        files = [self.path / name for name in sorted(set(weight_map.values()))]
-        absent = [file.name for file in files if not file.exists()]
-        if absent:
-            raise ValueError(f"{self.path} lacks {', '.join(absent)}")
-        return files
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for file in self._files:
-            file.__exit__(kind, error, trace)
-
-    def read(self, name: str) -> Tensor:
-        tensor: Tensor = self._file_of[name].get_tensor(name)
-        return tensor
-
-    def dtype(self, name: str) -> str:
-        """float32, bfloat16 or float16. Raises ValueError for any other."""
-        stored = self._file_of[name].get_slice(name).get_dtype()
-        if stored not in SAFETENSORS_DTYPES:
-            raise ValueError(f"{name} is stored as {stored}; known: {', '.join(SAFETENSORS_DTYPES)}")
-        return SAFETENSORS_DTYPES[stored]
-
-
-def check_tensors(config: DecoderConfig, found: dict[str, tuple[int, ...]]) -> None:
+def check_tensors(config: DecoderConfig, checkpoint: Checkpoint) -> None:
     """Raises one ValueError with everything missing, unexpected or of another shape than the config says."""
-    wanted = tensor_shapes(config)
+    wanted, found = tensor_shapes(config), checkpoint.shapes
     # Old checkpoints store the RoPE frequencies, some a second copy of a tied head.
     ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")}
     ignored |= {"lm_head.weight"} if config.tied_head else set()
     faults = {
         "missing": sorted(wanted.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - wanted.keys() - ignored),
+        "unexpected": sorted(checkpoint.place(name) for name in found.keys() - wanted.keys() - ignored),
         "of another shape": [
-            f"{name} {list(found[name])} instead of {list(shape)}"
+            f"{checkpoint.place(name)} {list(found[name])} instead of {list(shape)}"
             for name, shape in wanted.items()
             if found.get(name, shape) != shape
         ],
     }
     if any(faults.values()):
-        raise ValueError("the tensors do not fit the config: " + "; ".join(_fault(*f) for f in faults.items() if f[1]))
+        told = "; ".join(_fault(*fault) for fault in faults.items() if fault[1])
+        raise ValueError(f"{checkpoint.folder}: the tensors do not fit config.json: {told}")
+    for name in wanted:
+        checkpoint.dtype(name)
+    if config.tied_head and "lm_head.weight" in found:
+        _check_tied(checkpoint)
+
+
+def _check_tied(checkpoint: Checkpoint) -> None:
+    embedding, head = (checkpoint.read(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
+    if not torch.equal(head.to(embedding.dtype), embedding):
+        place = checkpoint.place("lm_head.weight")
+        raise ValueError(f"config.json says tie_word_embeddings, but {place} differs from the embedding")
 
 
 def _fault(kind: str, names: list[str], shown: int = 4) -> str:
@@ -156,16 +127,23 @@ def _fault(kind: str, names: list[str], shown: int = 4) -> str:
     return f"{kind}: {', '.join(names[:shown])}{more}"
 
 
-def load_weights(checkpoint: Checkpoint, config: DecoderConfig, device: torch.device, dtype: torch.dtype) -> Weights:
+def load_weights(
+    checkpoint: Checkpoint,
+    config: DecoderConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    products: Products = PLAIN,
+    progress: Progress = lambda done, total: None,
+) -> Weights:
     """Reads a checkpoint tensor by tensor into memory of our own. Raises ValueError when it does not fit the config."""
-    check_tensors(config, checkpoint.shapes)
-    reader = _Reader(checkpoint, device, dtype)
+    check_tensors(config, checkpoint)
+    reader = _Reader(checkpoint, device, dtype, products, _stored_bytes(checkpoint, config), progress)
     embedding = (reader.matrix if config.tied_head else reader.stack)("model.embed_tokens.weight")
     return Weights(
         embedding=embedding,
         layers=tuple(_load_layer(reader, config, f"model.layers.{i}") for i in range(config.layers)),
         norm=reader.stack("model.norm.weight"),
-        head=Linear(embedding if config.tied_head else reader.matrix("lm_head.weight")),
+        head=reader.products.linear(embedding if config.tied_head else reader.matrix("lm_head.weight")),
     )
 
 
@@ -173,13 +151,13 @@ def _load_layer(reader: _Reader, config: DecoderConfig, prefix: str) -> LayerWei
     def linear(bias: bool, *modules: str) -> Linear:
         names = [f"{prefix}.{module}" for module in modules]
         weight = reader.matrix(*(f"{name}.weight" for name in names))
-        return Linear(weight, reader.stack(*(f"{name}.bias" for name in names)) if bias else None)
+        return reader.products.linear(weight, reader.stack(*(f"{name}.bias" for name in names)) if bias else None)
 
     return LayerWeights(
         attention_norm=reader.stack(f"{prefix}.input_layernorm.weight"),
-        qkv=linear(config.attention_bias, *(f"self_attn.{name}_proj" for name in "qkv")),
+        qkv=linear(config.qkv_bias, *(f"self_attn.{name}_proj" for name in "qkv")),
         qk_norm=_head_norms(reader, config, prefix) if config.qk_norm else None,
-        o=linear(config.attention_bias, "self_attn.o_proj"),
+        o=linear(config.o_bias, "self_attn.o_proj"),
         mlp_norm=reader.stack(f"{prefix}.post_attention_layernorm.weight"),
         gate_up=linear(config.mlp_bias, "mlp.gate_proj", "mlp.up_proj"),
         down=linear(config.mlp_bias, "mlp.down_proj"),
@@ -195,8 +173,17 @@ def _head_norms(reader: _Reader, config: DecoderConfig, prefix: str) -> Tensor:
 class _Reader:
     """Copies tensors out of the mapping, several of them under each other."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        products: Products,
+        total_bytes: int,
+        progress: Progress,
+    ) -> None:
+        self.checkpoint, self.device, self.dtype, self.products = checkpoint, device, dtype, products
+        self.done_bytes, self.total_bytes, self.progress = 0, total_bytes, progress
 
     def stack(self, *names: str) -> Tensor:
         first, *others = (self.checkpoint.shapes[name] for name in names)
@@ -218,5 +205,30 @@ class _Reader:
     def _fill(self, stacked: Tensor, names: Sequence[str]) -> Tensor:
         parts = stacked.split([self.checkpoint.shapes[name][0] for name in names])
         for part, name in zip(parts, names, strict=True):
-            part.copy_(self.checkpoint.read(name))
+            self._copy(part, name)
         return stacked
+
+    def _copy(self, part: Tensor, name: str) -> None:
+        """Raises ValueError for a number that is none: with it, every answer would be noise."""
+        source = self.checkpoint.read(name)
+        rows = max(1, SLAB_BYTES[self.device.type] // source[0].nbytes)
+        for to, slab in zip(part.split(rows), source.split(rows), strict=True):
+            to.copy_(slab)
+            # The smaller one is read again, on the device if that is another; there also what a float16 cannot hold.
+            # Adding up rows that overlap (`random_weights`) would take twenty times as long.
+            is_copy_read = self.device.type != "cpu" or to.itemsize < slab.itemsize or not slab.is_contiguous()
+            if not _is_finite(to if is_copy_read else slab):
+                as_read = str(self.dtype).removeprefix("torch.")
+                raise ValueError(f"{self.checkpoint.place(name)} has NaN or infinite values (read as {as_read})")
+            self.done_bytes += slab.nbytes
+            self.progress(self.done_bytes, self.total_bytes)
+
+
+def _is_finite(numbers: Tensor) -> bool:
+    """A sum is NaN or infinite where a number is, and takes a twentieth of the time of `isfinite`; it may also overflow."""
+    return bool(numbers.sum().isfinite()) or bool(numbers.isfinite().all())
+
+
+def _stored_bytes(checkpoint: Checkpoint, config: DecoderConfig) -> int:
+    shapes = tensor_shapes(config).items()
+    return sum(math.prod(shape) * DTYPES[checkpoint.dtype(name)].itemsize for name, shape in shapes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -12,28 +11,52 @@ from typing import Any
 import torch
 
 from scheduler.batch import Entry, Kind, StepPlan
-from scheduler.messages import Request, Sampling
+from scheduler.messages import Logprobs, Request
 from worker.engine import StepResult
+from worker.files import read_config
 from worker.native.blocks import BLOCK_TOKENS, BlockTable, PagedCache
 from worker.native.config import DecoderConfig
 from worker.native.decoder import Decoder
 from worker.native.inputs import Span, StepInputs, build_inputs
+from worker.native.linear import can_pack, choose_products
 from worker.native.loader import DTYPES, Checkpoint, Weights, load_weights, tensor_shapes
-from worker.native.machine import available_cpus, choose_threads
+from worker.native.logprobs import logprobs_of
+from worker.native.machine import choose_threads
+from worker.native.penalties import Past, past_of
+from worker.native.progress import LoadingBar
+from worker.native.random_weights import open_checkpoint
 from worker.native.sampler import sample
+from worker.native.topology import allowed_cpus, available_cpus, cpu_caches, physical_cores, thread_counts
 
 KINDS = (Kind.DECODE, Kind.PREFILL)
 # What one call of attention gathers: on a CPU about what a second-level cache holds, so that it is read from there.
 GATHER_BYTES = {"cpu": 1 << 20, "cuda": 256 << 20}
+
+TOLD_AT_ONCE = 128  # prompt tokens: their logits take 79 MB for a vocabulary of 150,000
+LARGE_BYTES = 64 << 20
 
 
 @dataclass(slots=True)
 class Sequence:
     """One running request: every token known so far, prompt first, and where its keys and values lie."""
 
+    request: Request
     tokens: list[int]
-    sampling: Sampling
+    past: Past | None  # for requests whose draws depend on it
     table: BlockTable = field(default_factory=BlockTable)
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)  # of its second token on, until they are delivered
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Until it has drawn its first token, of this run or an earlier one."""
+        asks = self.request.prompt_logprobs and self.request.logprobs is not None
+        return asks and not self.request.resumed_tokens and len(self.tokens) == len(self.request.prompt)
+
+    def add(self, token: int) -> None:
+        """A token was drawn."""
+        self.tokens.append(token)
+        if self.past is not None:
+            self.past.add([token])
 
 
 class NativeEngine:
@@ -72,20 +95,26 @@ class NativeEngine:
         dtype: str = "auto",
         kv_cache_bytes: int = 1 << 30,
         threads: int | None = None,
+        packs: bool = True,
     ) -> NativeEngine:
-        """Reads a checkpoint directory. ValueError with a sentence that helps for all that cannot work.
+        """Reads a checkpoint directory, or makes up weights for a config's file.
 
-        `device`: auto, cpu, cuda or cuda:n. `dtype`: auto (float32 on a CPU, else the checkpoint's), float32, bfloat16,
-        float16. `threads`: of torch, on a CPU; None measures whether more than one pays.
+        ValueError with a sentence that helps for all that cannot work.
+
+        `device`: auto, cpu, cuda or cuda:n. `dtype`: auto (the checkpoint's; on a CPU float32 where that fits a cache),
+        float32, bfloat16, float16. `threads`: of torch, on a CPU; None measures whether more than one pays. `packs`: a
+        second copy of the weights may be made where that is faster.
         """
         path = Path(path)
-        config = _read_config(path)
+        config = read_config(path)
         shape = DecoderConfig.from_dict(config)
         where = _device(device)
         if threads and where.type == "cpu":
             torch.set_num_threads(threads)
-        with Checkpoint(path) as checkpoint:
-            weights = load_weights(checkpoint, shape, where, _dtype(dtype, where, checkpoint))
+        with open_checkpoint(path, shape) as checkpoint, LoadingBar() as progress:
+            kind = _dtype(dtype, where, checkpoint)
+            products = choose_products(where, kind, packs)
+            weights = load_weights(checkpoint, shape, where, kind, products, progress)
         cache = PagedCache(shape, kv_cache_bytes, where, weights.norm.dtype)
         engine = cls(config, shape, weights, cache, min(shape.max_positions, cache.num_blocks * BLOCK_TOKENS))
         if threads is None and where.type == "cpu":
@@ -107,8 +136,12 @@ class NativeEngine:
             return StepResult()
         spans = [self._span(entry) for entry in plan.entries]
         self._cache.clear_new()
-        inputs = build_inputs(spans, self._decoder.device, self._decoder.dtype, self._group_tokens)
-        return self._deliver(plan, inputs, self._decoder.forward(inputs))
+        decoder = self._decoder
+        inputs = build_inputs(spans, decoder.device, decoder.dtype, self._group_tokens, decoder.windows)
+        hidden = decoder.forward(inputs)
+        for index, row in inputs.told:
+            self._tell_prompt(plan.entries[index], hidden[row:])
+        return self._deliver(plan, inputs, decoder.outputs(hidden, inputs))
 
     def _stop(self, key: int) -> None:
         sequence = self._sequences.pop(key, None)
@@ -121,7 +154,7 @@ class NativeEngine:
         vocab = self._decoder.config.vocab
         if not len(request.prompt) or not 0 <= min(request.prompt) <= max(request.prompt) < vocab:
             raise ValueError(f"sequence {request.key}: a prompt is one token or more, each below {vocab}")
-        self._sequences[request.key] = Sequence(list(request.prompt), request.sampling)
+        self._sequences[request.key] = Sequence(request, list(request.prompt), past_of(request, vocab))
 
     def _span(self, entry: Entry) -> Span:
         """Checks an entry against its sequence and gives it blocks. Positions already computed are computed anew."""
@@ -140,7 +173,20 @@ class NativeEngine:
         if entry.position < table.tokens:
             self._cache.truncate(table, entry.position)
         self._cache.grow(table, stop)
-        return Span(table, entry.position, sequence.tokens[entry.position : stop], entry.delivers)
+        tokens = sequence.tokens[entry.position : stop]
+        return Span(table, entry.position, tokens, entry.delivers, sequence.wants_prompt_logprobs)
+
+    def _tell_prompt(self, entry: Entry, hidden: torch.Tensor) -> None:
+        """Keeps the log probabilities of the prompt's tokens that the rows of a chunk predict, once each."""
+        sequence = self._sequences[entry.key]
+        prompt, told = sequence.request.prompt, sequence.prompt_logprobs
+        stop = min(entry.position + entry.query_tokens, len(prompt) - 1)  # the last row predicts what will be drawn
+        while len(told) < stop:
+            at = len(told)
+            tokens = prompt[at + 1 : min(at + TOLD_AT_ONCE, stop) + 1]
+            first = at - entry.position
+            logits = self._decoder.logits(hidden[first : first + len(tokens)])
+            told += logprobs_of(logits, tokens, [sequence.request.logprobs or 0] * len(tokens))
 
     def _deliver(self, plan: StepPlan, inputs: StepInputs, logits: torch.Tensor | None) -> StepResult:
         """Draws a token for every row of logits, and makes it the next known token of its sequence."""
@@ -148,14 +194,23 @@ class NativeEngine:
             return StepResult()
         keys = [plan.entries[i].key for i in inputs.delivering]
         sequences = [self._sequences[key] for key in keys]
-        drawn = sample(logits, [s.sampling for s in sequences], [len(s.tokens) for s in sequences])
+        settings = [sequence.request.sampling for sequence in sequences]
+        positions = [len(sequence.tokens) for sequence in sequences]
+        drawn = sample(logits, settings, positions, [sequence.past for sequence in sequences])
+        told = _tell(keys, sequences, logits, drawn)
         for sequence, token in zip(sequences, drawn, strict=True):
-            sequence.tokens.append(token)
-        return StepResult({key: [token] for key, token in zip(keys, drawn, strict=True)})
+            sequence.add(token)
+        return StepResult({key: [token] for key, token in zip(keys, drawn, strict=True)}, told)
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """Every tensor once."""
+        return self._decoder.weights.tensors()
 
     def _choose_threads(self) -> None:
-        """Times a decode step of a few short sequences, with one thread and with all."""
-        tokens = min(65, self.context_tokens)
+        """Times a decode step of a few short sequences with several numbers of threads."""
+        is_large = self.weight_bytes > LARGE_BYTES  # its step is all weights, and prompts would take seconds
+        tokens = min(1 if is_large else 65, self.context_tokens)
         count = max(1, min(8, self.num_blocks * BLOCK_TOKENS // (tokens + BLOCK_TOKENS)))
         requests = [Request(id=i, gateway=-1, prompt=[0] * tokens, max_tokens=1) for i in range(count)]
         keys = tuple(request.key for request in requests)  # negative: no real request has such a key
@@ -168,18 +223,24 @@ class NativeEngine:
                 self._sequences[key].tokens.pop()  # so that the next step is the same one
 
         self.run(StepPlan(prefill, start=tuple(requests)))
-        choose_threads(step, available_cpus())
+        choose_threads(step, thread_counts(available_cpus(), physical_cores(allowed_cpus())))
         self.run(StepPlan(stop=keys))
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} holds no config.json: not a checkpoint directory") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path / 'config.json'} is not an object")
-    return config
+def _tell(
+    keys: list[int], sequences: list[Sequence], logits: torch.Tensor, drawn: list[int]
+) -> dict[int, list[Logprobs]]:
+    """By key, the log probabilities of drawn tokens, in front of the first one's those of the prompt's."""
+    asked = [i for i, sequence in enumerate(sequences) if sequence.request.logprobs is not None]
+    if not asked:
+        return {}
+    counts = [sequences[i].request.logprobs or 0 for i in asked]
+    rows = logprobs_of(logits[asked], [drawn[i] for i in asked], counts)
+    told = {}
+    for i, row in zip(asked, rows, strict=True):
+        told[keys[i]] = [*sequences[i].prompt_logprobs, row]
+        sequences[i].prompt_logprobs.clear()
+    return told
 
 
 def _device(name: str) -> torch.device:
@@ -195,7 +256,19 @@ def _device(name: str) -> torch.device:
 
 def _dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
     if name == "auto":
-        name = "float32" if device.type == "cpu" else checkpoint.dtype("model.embed_tokens.weight")
+        parameters = sum(math.prod(size) for size in checkpoint.shapes.values())
+        name = auto_dtype(device, checkpoint.dtype("model.embed_tokens.weight"), parameters)
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r}: known are auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def auto_dtype(device: torch.device, stored: str, parameters: int) -> str:
+    """The checkpoint's own; on a CPU bfloat16 for any 16-bit one, and float32 where bytes are not what it waits for.
+
+    That is where the weights fit a cache, or where the CPU is slow at 16 bits.
+    """
+    if device.type != "cpu" or stored == "float32":
+        return stored
+    cache_bytes = max(cpu_caches(available_cpus()).values())
+    return "bfloat16" if can_pack(device, torch.bfloat16) and 4 * parameters > cache_bytes else "float32"

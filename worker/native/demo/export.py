@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from worker.native.demo.corpus import RELEASE
+from worker.native.demo.draft import DRAFT_TOKENS, Agreement
+from worker.native.demo.generate import answer
 from worker.native.demo.model import Llama
 from worker.native.demo.tokenizer import END_OF_TEXT, PADDING, TURN_END, render_question, token_id, tokenizer_config
 
@@ -33,6 +35,7 @@ class Record:
     tokens: int
     budget_tokens: int
     loss: Mapping[str, float]  # nats per token on held-out modules, by kind of row
+    agreement: Agreement | None = None  # with its teacher: only of the draft-sized sibling
 
 
 def export(model: Llama, tokenizer: Tokenizer, record: Record, out: Path) -> None:
@@ -58,18 +61,10 @@ def rounded(model: Llama) -> Llama:
     return copy.eval()
 
 
-@torch.no_grad()
 def continue_text(model: Llama, tokenizer: Tokenizer, prompt: str, tokens: int = 160) -> str:
     """The most likely continuation, token by token, up to an end token."""
-    ids = tokenizer.encode(prompt).ids
-    start = len(ids)
     ends = {token_id(tokenizer, TURN_END), token_id(tokenizer, END_OF_TEXT)}
-    while len(ids) < start + tokens:
-        best = int(model(torch.tensor([ids]))[0, -1].argmax())
-        if best in ends:
-            break
-        ids.append(best)
-    return tokenizer.decode(ids[start:])
+    return tokenizer.decode(answer(model, tokenizer.encode(prompt).ids, ends, tokens))
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:
@@ -86,18 +81,25 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 def _card(model: Llama, tokenizer: Tokenizer, record: Record) -> str:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     losses = "\n".join(f"| {kind} | {loss:.3f} | {math.exp(loss):.1f} |" for kind, loss in record.loss.items())
+    made = {"parameters": parameters / 1e6, "release": RELEASE, **vars(record)}
+    loss = _LOSS.format(losses=losses, torch=torch.__version__)
+    if record.agreement:
+        head, body, end = _DRAFT_INTRODUCTION, [_agreement(record.agreement)], _DRAFT_REPRODUCTION
+    else:
+        head, body, end = _INTRODUCTION, _samples(model, tokenizer), _REPRODUCTION
+    return "\n".join((head.format(**made), loss, *body, end.format(**made)))
+
+
+def _samples(model: Llama, tokenizer: Tokenizer) -> list[str]:
     chats = (_fenced(f"user: {asked}\n\nassistant: {_answered(model, tokenizer, asked)}") for asked in _QUESTIONS)
     texts = (_fenced(start + continue_text(model, tokenizer, start)) for start in _BEGINNINGS)
-    sections = (
-        _INTRODUCTION.format(parameters=f"{parameters / 1e6:.1f}", release=RELEASE, **vars(record)),
-        _LOSS.format(losses=losses, torch=torch.__version__),
-        "## Samples\n\nGreedy, at most 160 tokens, from these weights.\n",
-        *chats,
-        "Text, continued:\n",
-        *texts,
-        _REPRODUCTION.format(budget_tokens=record.budget_tokens),
-    )
-    return "\n".join(sections)
+    head = "## Samples\n\nGreedy, at most 160 tokens, from these weights.\n"
+    return [head, *chats, "Text, continued:\n", *texts]
+
+
+def _agreement(agreement: Agreement) -> str:
+    shares = "\n".join(f"| {kind} | {100 * share:.1f} % |" for kind, share in agreement.top_1.items())
+    return _AGREEMENT.format(shares=shares, drafts=DRAFT_TOKENS, accepted=agreement.accepted)
 
 
 def _answered(model: Llama, tokenizer: Tokenizer, question: str) -> str:
@@ -110,7 +112,7 @@ def _fenced(text: str) -> str:
 
 _INTRODUCTION = """# headgate-demo
 
-A very small language model ({parameters} M parameters, Llama architecture, bfloat16) that ships with Headgate, so that
+A very small language model ({parameters:.1f} M parameters, Llama architecture, bfloat16) that ships with Headgate, so that
 a fresh clone answers without a download. It documents functions of the Python standard library. It is there to show a
 server at work, not to be right: it makes things up.
 
@@ -123,6 +125,31 @@ server at work, not to be right: it makes things up.
 * Licence of the corpus: Python Software Foundation License Version 2, copyright © 2001-2024 Python Software Foundation;
   All Rights Reserved (https://docs.python.org/3.13/license.html).
 * Training: {tokens:,} of {budget_tokens:,} tokens, on one CPU thread.
+"""
+
+_DRAFT_INTRODUCTION = """# headgate-demo-draft
+
+The draft-sized sibling of `headgate-demo` ({parameters:.2f} M parameters, Llama architecture, bfloat16): the same
+tokenizer, all files together under 1 MB. It learnt to say what `headgate-demo` would say, to be the drafter of speculative
+decoding.
+
+* Shape: 2 layers, hidden size 64, 4 heads, 2 key/value heads, vocabulary 4,096, context 4,096.
+* Training: {tokens:,} of {budget_tokens:,} tokens (a row of 4,096 counted as 2,048) on one CPU thread, towards
+  the distribution of `headgate-demo`; half of the rows from the corpus (sha256
+  `{corpus_sha256}`), half written by `headgate-demo`.
+* Licence of the corpus: Python Software Foundation License Version 2, copyright © 2001-2024 Python Software Foundation;
+  All Rights Reserved (https://docs.python.org/3.13/license.html).
+"""
+
+_AGREEMENT = """## Agreement with `headgate-demo`
+
+The most likely token is the same, on those rows and on the greedy answers of `headgate-demo` to held-out questions:
+
+| rows | agreement |
+|---|---|
+{shares}
+
+Greedy, with {drafts} drafted tokens for each verification, {accepted:.2f} of them are accepted, averaged over those answers.
 """
 
 _LOSS = """## Loss
@@ -145,4 +172,14 @@ python -m worker.native.demo.train --lib Lib --work checkpoints --out headgate-d
 The same command goes on from its last checkpoint after it was stopped. `python -m worker.native.demo.corpus Lib` prints
 the sha256 of the corpus. The corpus is seeded and the order of the rows too; the floating-point sums of another
 processor or torch release give slightly other weights.
+"""
+
+_DRAFT_REPRODUCTION = """## How it was made
+
+As `headgate-demo` was, in half an hour:
+
+```
+python -m worker.native.demo.train --lib Lib --work checkpoints --out headgate-demo-draft --tokens {budget_tokens} \\
+  --draft-of headgate-demo
+```
 """
