@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import random
 import statistics
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from queue import Queue
 
 from benchmarks.figures import Figure, over_rounds, print_table, save, single
 from scheduler.batch import Entry, Kind, StepPlan
@@ -94,14 +96,23 @@ class Recorder(Meter):
         self._errors.add(report)
 
 
+def run_engine(link: EngineLink, ready: Queue[tuple[Built, Core]]) -> None:
+    """The engine computes in the thread that loaded it, as in a worker."""
+    built = build(WorkerConfig())
+    core = Core(link, built)
+    ready.put((built, core))
+    core.stepper.run()
+
+
 class Worker:
     """A worker's engine process without its front: requests are put into the gate, tokens are thrown away."""
 
     def __init__(self, errors: Errors) -> None:
-        built = build(WorkerConfig())
         self._front, link = link_pair()
         self._front.setblocking(False)
-        self._core = Core(EngineLink(link), built)
+        ready: Queue[tuple[Built, Core]] = Queue()
+        threading.Thread(target=run_engine, args=(EngineLink(link), ready), daemon=True).start()
+        built, self._core = ready.get()
         self._core.meter = Recorder(built, errors)
         self._vocabulary = built.gate.shape.vocabulary
         self._usual = Sampling(built.info.temperature, built.info.top_p, built.info.top_k)
@@ -179,9 +190,7 @@ def prefill_load(worker: Worker, rng: random.Random) -> None:
         pass
 
 
-def main(rounds: int = ROUNDS) -> list[Figure]:
-    errors = Errors()
-    worker = Worker(errors)
+def all_loads(worker: Worker, errors: Errors, rounds: int) -> None:
     rng = random.Random(1)
     for number in range(rounds):
         errors.rounds.append({})
@@ -190,6 +199,12 @@ def main(rounds: int = ROUNDS) -> list[Figure]:
             for regime, (decodes, chunk) in IDENTICAL.items():
                 errors.identical[regime].append(list(worker.identical_steps(decodes, chunk)))
         print(f"round {number + 1} of {rounds}", flush=True)
+
+
+def main(rounds: int = ROUNDS) -> list[Figure]:
+    errors = Errors()
+    worker = Worker(errors)
+    all_loads(worker, errors, rounds)
     figures = []
     for regime in REGIMES:
         figures += [errors.mape(regime), errors.median(regime)]

@@ -109,9 +109,9 @@ OPTIONS = {
             "NAME",
             _text,
             DEFAULT_MODEL,
-            "A model that ships (headgate-demo; wall and llama-3.2-1b, which have random weights), a folder with a "
-            "checkpoint in Hugging Face form, or a hub id (OWNER/NAME or OWNER/NAME@REVISION), which is downloaded. For "
-            "the simulated engine: the name of a shape, such as llama-3.1-8b.",
+            "A model that ships (headgate-demo, headgate-demo-draft; wall and llama-3.2-1b, which have random weights), a "
+            "folder with a checkpoint in Hugging Face form, or a hub id (OWNER/NAME or OWNER/NAME@REVISION), which is "
+            "downloaded. For the simulated engine: the name of a shape, such as llama-3.1-8b.",
         ),
         Option(
             "random_weights",

@@ -33,7 +33,7 @@ def keeps_floors(cost: CostModel, load: Load) -> bool:
         return True
     mean_context = int(load.kv_bytes / max(1, load.sequences) / max(1.0, cost.shape.kv_bytes(1)))
     work = decode_work(cost.shape, load.sequences, load.kv_bytes)
-    work = work.plus_chunk(cost.shape, mean_context, MIN_CHUNK, delivers=False)
+    work = work.plus_chunk(cost.shape, mean_context, MIN_CHUNK, outputs=0)
     return cost.safe_seconds(work) <= FLOOR_SHARE * load.gap_seconds
 
 

@@ -22,7 +22,8 @@ class Kind(StrEnum):
 class Entry(NamedTuple):
     """One sequence's part of a step: compute `query_tokens` tokens from `position` on.
 
-    `delivers`: the last of them is the sequence's last known token, so the step draws what comes next.
+    `delivers`: the last of them is the sequence's last known token, so the step draws what comes next. `is_told`: the
+    request wants to know how likely the model held these prompt tokens.
     """
 
     key: int
@@ -30,6 +31,12 @@ class Entry(NamedTuple):
     position: int
     query_tokens: int
     delivers: bool
+    is_told: bool = False
+
+    @property
+    def outputs(self) -> int:
+        """Rows whose logits are wanted."""
+        return self.query_tokens if self.is_told else int(self.delivers)
 
 
 @dataclass(frozen=True, slots=True)

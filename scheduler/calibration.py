@@ -59,6 +59,8 @@ class CostModel:
 
     def prime(self, timings: Sequence[Timing]) -> None:
         """Takes the sweep's remaining errors as the first corrections, and their mean as the first margin."""
+        if not timings:
+            return
         for timing in timings:
             self.limit.observe(timing.work, timing.seconds)
         errors = [math.log(timing.seconds / self.cost(timing.work).seconds) for timing in timings]
@@ -125,11 +127,13 @@ OFF_PRIOR = 1.15  # how much better (in squared error) another weight share must
 
 
 def fit_device(device: Device, shape: ModelShape, timings: Sequence[Timing]) -> Device:
-    """`device` with the shares and fixed costs that explain the timings best, in relative error.
+    """`device` with the shares and fixed costs that explain the timings best, in relative error; without any, as it is.
 
     The corner between reading weights and multiplying is found on a grid; what is left is linear in host seconds,
     seconds per sequence, KV bytes and attention operations, and none of them can be negative.
     """
+    if not timings:
+        return device
     seconds = np.array([timing.seconds for timing in timings])
     weights, arithmetic = np.array([_overlapping(device, shape, timing.work) for timing in timings]).T
     shares = np.array([(weight, flops) for weight in WEIGHT_SHARES for flops in FLOPS_SHARES])
@@ -155,14 +159,14 @@ def fit_device(device: Device, shape: ModelShape, timings: Sequence[Timing]) -> 
 def _overlapping(device: Device, shape: ModelShape, work: StepWork) -> tuple[float, float]:
     """Seconds of reading the weights at full bandwidth, and of the matrix products at full peak."""
     bandwidth = device.level_for(shape.resident_bytes + work.kv_read_bytes).bytes_per_second
-    flops = shape.matmul_flops(work.query_tokens, work.sequences)
+    flops = shape.matmul_flops(work.query_tokens, work.outputs)
     return shape.weight_bytes(work.query_tokens) / bandwidth, flops / device.flops_per_second
 
 
 def _linear_features(device: Device, shape: ModelShape, work: StepWork) -> tuple[float, float, float, float]:
     bandwidth = device.level_for(shape.resident_bytes + work.kv_read_bytes).bytes_per_second
     kv = (work.kv_read_bytes + work.kv_write_bytes) / bandwidth
-    return 1.0, work.sequences, kv, work.attention_flops / device.flops_per_second
+    return 1.0, work.outputs, kv, work.attention_flops / device.flops_per_second
 
 
 def _nonnegative_fit(features: Array, targets: Array) -> tuple[Array, Array]:

@@ -80,7 +80,7 @@ def _take_turns(
 
     def fits(count: int) -> bool:
         more = add_decodes(cost.shape, work, ordered[:count])
-        return cost.safe_seconds(more.plus_chunk(cost.shape, 0, chunk, False)) <= budget
+        return cost.safe_seconds(more.plus_chunk(cost.shape, 0, chunk, outputs=0)) <= budget
 
     return ordered[: largest(fits, 0, len(ordered))]
 
@@ -94,9 +94,9 @@ def _chunk_tokens(
     def seconds(tokens: int) -> float:
         return cost.safe_seconds(_add_chunks(cost.shape, work, deal(prefilling, tokens)))
 
-    if not work.sequences:
+    if not work.outputs:
         return max(MIN_CHUNK, largest(lambda tokens: seconds(tokens) <= LONELY_STEP_SECONDS, MIN_CHUNK, most))
-    chunk = max(math.ceil(RIDGE_SHARE * cost.ridge) - work.sequences, cost.ridge, MIN_CHUNK)
+    chunk = max(math.ceil(RIDGE_SHARE * cost.ridge) - work.outputs, cost.ridge, MIN_CHUNK)
     if chunk < most and may_grow:
         rate = _needed_rate(prefilling, now)
         chunk = most - largest(lambda less: (most - less) / seconds(most - less) >= rate, 0, most - chunk)
@@ -121,7 +121,7 @@ def deal(prefilling: ListOf[Sequence], tokens: int) -> list[Entry]:
             break
         piece = min(tokens, sequence.uncached_prefill)
         delivers = piece == sequence.uncached_prefill
-        entries.append(Entry(sequence.key, Kind.PREFILL, sequence.computed, piece, delivers))
+        entries.append(Entry(sequence.key, Kind.PREFILL, sequence.computed, piece, delivers, sequence.is_told))
         tokens -= piece
     return entries
 
@@ -130,7 +130,7 @@ def add_decodes(shape: ModelShape, work: StepWork, sequences: ListOf[Sequence]) 
     """This work and one decoded token for each of the sequences."""
     more = decode_work(shape, len(sequences), shape.kv_bytes_of_all([s.computed + 1 for s in sequences]))
     return StepWork(
-        work.sequences + more.sequences,
+        work.outputs + more.outputs,
         work.query_tokens + more.query_tokens,
         work.kv_read_bytes + more.kv_read_bytes,
         work.kv_write_bytes + more.kv_write_bytes,
@@ -139,8 +139,8 @@ def add_decodes(shape: ModelShape, work: StepWork, sequences: ListOf[Sequence]) 
 
 
 def _add_chunks(shape: ModelShape, work: StepWork, chunks: Iterable[Entry]) -> StepWork:
-    for _, _, position, tokens, delivers in chunks:
-        work = work.plus_chunk(shape, position, tokens, delivers)
+    for chunk in chunks:
+        work = work.plus_chunk(shape, chunk.position, chunk.query_tokens, chunk.outputs)
     return work
 
 

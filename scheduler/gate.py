@@ -183,7 +183,7 @@ class Gate:
         slow = measured > flight.safe_seconds
         per_kv_byte, per_token = _rates(cost, work.kv_read_bytes, work.query_tokens, measured)
         events = []
-        for (key, _, position, query_tokens, delivers), sequence in zip(
+        for (key, _, position, query_tokens, delivers, _), sequence in zip(
             flight.filled.entries, flight.filled.sequences, strict=True
         ):
             if self.running.get(key) is not sequence:
@@ -370,7 +370,7 @@ class Gate:
         decodes = sum(entry.kind is Kind.DECODE for entry in flight.filled.entries)
         return StepReport(
             step=self._step,
-            sequences=work.sequences,
+            sequences=sum(entry.delivers for entry in flight.filled.entries),
             prefill_tokens=work.query_tokens - decodes,
             decode_tokens=decodes,
             delivered_tokens=delivered,

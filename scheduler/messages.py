@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import IntEnum, StrEnum
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
-VERSION = 1
+VERSION = 2
 
 
 class Reason(StrEnum):
@@ -217,11 +218,15 @@ class TokenEvent(NamedTuple):
 
 # --- frames -----------------------------------------------------------------------------------------------------------
 # A frame is little-endian uint32 words:  length | kind | step | n | id[n] | info[n] | token[...]
-# `length` counts the words after itself; info = number of tokens | finish << 16. Only STEP frames have the columns; the
-# payload of the others is JSON padded with spaces to whole words. LOGPROBS come right before the step they belong to.
+# `length` counts the words after itself; info = number of tokens | finish << 16. This is a STEP. LOGPROBS come right before
+# the step they belong to, in as many frames as they need:
+#   length | kind | n | id[n] | number of rows[n] | width[row] | token[...] | float32[...]
+# where a row is `Logprobs`. The payload of all others is JSON, padded with spaces to whole words.
 
 
 MOST_WORD = 0xFFFFFFFF
+LOGPROBS_PORTION = 4096  # probabilities in a frame, where a row counts as some more: writing them down takes 3 ms
+ROW_PORTION = 3
 
 
 class Frame(IntEnum):
@@ -241,10 +246,37 @@ def bytes_to_words(data: bytes) -> list[int]:
 
 def encode_events(step: int, events: Sequence[TokenEvent]) -> list[bytes]:
     """The frames with the events of one gateway: a STEP, behind LOGPROBS where any of them has some."""
-    rows = {event.key & 0xFFFFFFFF: event.logprobs for event in events if event.logprobs}
-    if not rows:
-        return [encode_step(step, events)]
-    return [encode_json_frame(Frame.LOGPROBS, {"v": VERSION, "rows": rows}), encode_step(step, events)]
+    told = [(event.key & 0xFFFFFFFF, event.logprobs) for event in events if event.logprobs]
+    return [*map(encode_logprobs, in_portions(told)), encode_step(step, events)]
+
+
+RowsOf = tuple[int, Sequence[Logprobs]]  # a request's id, and rows of it
+
+
+def in_portions(told: Sequence[RowsOf]) -> Iterator[list[RowsOf]]:
+    """The same rows in the same order, for a frame each: small ones, so that a gateway can do other things in between."""
+    portion: list[RowsOf] = []
+    room = LOGPROBS_PORTION
+    for id, rows in told:
+        begin = 0
+        for end, row in enumerate(rows):
+            if room <= 0:
+                yield [*portion, (id, rows[begin:end])]
+                portion, begin, room = [], end, LOGPROBS_PORTION
+            room -= len(row) + ROW_PORTION
+        portion.append((id, rows[begin:]))
+    if portion:
+        yield portion
+
+
+def encode_logprobs(told: Sequence[RowsOf]) -> bytes:
+    """One LOGPROBS frame."""
+    rows = [row for _, rows in told for row in rows]
+    cells = list(chain.from_iterable(rows))
+    logprobs = array("f", [logprob for _, logprob in cells])
+    tokens = [token for token, _ in cells]
+    columns = [*(id for id, _ in told), *(len(rows) for _, rows in told), *map(len, rows), *tokens]
+    return words_to_bytes([2 + len(columns) + len(logprobs), Frame.LOGPROBS, len(told), *columns]) + logprobs.tobytes()
 
 
 def encode_step(step: int, events: Sequence[TokenEvent]) -> bytes:
@@ -279,6 +311,25 @@ class StepFrame(NamedTuple):
     tokens: list[int]
 
 
+class LogprobsFrame(NamedTuple):
+    """The columns of a LOGPROBS frame: per request its id and number of rows, per row its width, per cell the two values."""
+
+    ids: list[int]
+    counts: list[int]
+    widths: list[int]
+    tokens: list[int]
+    logprobs: Sequence[float]
+
+    def rows(self) -> Iterator[tuple[int, list[Logprobs]]]:
+        """Per request its id and rows."""
+        cells, widths = zip(self.tokens, self.logprobs, strict=True), iter(self.widths)
+        for id, count in zip(self.ids, self.counts, strict=True):
+            yield id, [list(islice(cells, width)) for width in islice(widths, count)]
+
+
+AnyFrame = StepFrame | LogprobsFrame | dict[str, Any]
+
+
 class FrameReader:
     """Cuts a byte stream into frames; a frame may arrive in pieces, or several at once."""
 
@@ -286,11 +337,11 @@ class FrameReader:
         self.limit_bytes = limit_bytes
         self._rest = b""
 
-    def feed(self, data: bytes) -> list[StepFrame | dict[str, Any]]:
+    def feed(self, data: bytes) -> list[AnyFrame]:
         """Frames that are complete now, in order. Raises ValueError on a frame longer than the limit."""
         if self._rest:
             data = self._rest + data
-        frames: list[StepFrame | dict[str, Any]] = []
+        frames: list[AnyFrame] = []
         at, end = 0, len(data)
         while end - at >= 4:
             stop = at + 4 + 4 * int.from_bytes(data[at : at + 4], "little")
@@ -304,8 +355,8 @@ class FrameReader:
         return frames
 
 
-def decode_frame(body: bytes) -> StepFrame | dict[str, Any]:
-    """A frame without its length word: the columns of a step, or the JSON of any other kind (`kind` is its name)."""
+def decode_frame(body: bytes) -> AnyFrame:
+    """A frame without its length word: its columns, or the JSON of any other kind (`kind` is its name)."""
     if len(body) < 4:
         raise ValueError("a frame without a kind")
     kind = int.from_bytes(body[:4], "little")
@@ -315,10 +366,29 @@ def decode_frame(body: bytes) -> StepFrame | dict[str, Any]:
             raise ValueError("a step frame without its columns")
         n = words[2]
         return StepFrame(words[1], words[3 : 3 + n], words[3 + n : 3 + 2 * n], words[3 + 2 * n :])
+    if kind == Frame.LOGPROBS:
+        return decode_logprobs(memoryview(body)[4:])
     if kind not in set(Frame):
         return {"kind": "unknown"}  # of a newer neighbour
     data: dict[str, Any] = json.loads(body[4:])
     return {"kind": Frame(kind).name.lower(), **data}
+
+
+def decode_logprobs(columns: memoryview) -> LogprobsFrame:
+    """Raises ValueError when they do not fit together: what is read by one column's numbers is there in the others."""
+    if not columns or len(columns) % 4:
+        raise ValueError("a log probabilities frame without its columns")
+    words = columns.cast("I")
+    n, end = words[0], len(words)
+    ids, counts = words[1 : 1 + n].tolist(), words[1 + n : 1 + 2 * n].tolist()
+    at = 1 + 2 * n + sum(counts)
+    if at > end:
+        raise ValueError(f"a log probabilities frame of {end} words whose rows end at word {at}")
+    widths = words[1 + 2 * n : at].tolist()
+    cells = sum(widths)
+    if at + 2 * cells != end or 0 in widths:
+        raise ValueError(f"a log probabilities frame of {end} words whose {len(widths)} rows hold {cells} pairs")
+    return LogprobsFrame(ids, counts, widths, words[at : at + cells].tolist(), columns.cast("f")[at + cells :].tolist())
 
 
 # --- what a worker says of itself -------------------------------------------------------------------------------------
@@ -369,6 +439,7 @@ class WorkerInfo:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     random_weights: bool = False  # the text says nothing
+    vocabulary: int = 0  # ids that the model knows, its tokenizer may know more or fewer; 0: as many as the tokenizer
 
     def encode(self) -> bytes:
         return json.dumps({"v": VERSION, **asdict(self)}).encode()

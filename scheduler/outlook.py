@@ -47,7 +47,7 @@ class Outlook:
         if not tokens:
             return 0.0
         chunk = max(MIN_CHUNK, math.ceil(RIDGE_SHARE * self._cost.ridge))
-        step = self._cost.seconds(self._decode_work.plus_chunk(self._cost.shape, 0, chunk, False))
+        step = self._cost.seconds(self._decode_work.plus_chunk(self._cost.shape, 0, chunk, outputs=0))
         return tokens / chunk * step
 
     @property

@@ -3,8 +3,9 @@
     t = t_host + t_seq·B + phases·t_phase + mix(W(T)/BW_w, F(T)/peak) + KV/BW_kv + A/peak_attn
     mix(a, b) = (a⁴ + b⁴)^(1/4)
 
-Reading weights and multiplying overlap, so the larger of the two counts, with a soft corner; attention over the context
-follows and overlaps with neither. Used for prediction, limit, loss by cause, ridge and planning alike.
+B counts the rows whose logits are wanted. Reading weights and multiplying overlap, so the larger of the two counts,
+with a soft corner; attention over the context follows and overlaps with neither. Used for prediction, limit, loss by
+cause, ridge and planning alike.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ CAUSES = ("weights", "kv", "compute", "comm", "phases", "host", "interference", 
 class StepWork:
     """What a step carries, as far as its cost goes."""
 
-    sequences: int  # that deliver a token
+    outputs: int  # rows whose logits are wanted: one per token drawn, and all of a prompt that is told
     query_tokens: int
     kv_read_bytes: float
     kv_write_bytes: float
     attention_flops: float
 
-    def plus_chunk(self, shape: ModelShape, position: int, tokens: int, delivers: bool) -> StepWork:
+    def plus_chunk(self, shape: ModelShape, position: int, tokens: int, outputs: int) -> StepWork:
         """This work and a prefill chunk of `tokens` tokens that starts at `position`."""
         if tokens == 0:
             return self
         return StepWork(
-            self.sequences + delivers,
+            self.outputs + outputs,
             self.query_tokens + tokens,
             self.kv_read_bytes + shape.kv_bytes(position + tokens),
             self.kv_write_bytes + shape.kv_bytes(tokens),
@@ -46,15 +47,10 @@ NO_WORK = StepWork(0, 0, 0.0, 0.0, 0.0)
 
 
 def step_work(shape: ModelShape, entries: Iterable[Entry]) -> StepWork:
-    sequences = query_tokens = 0
-    read = written = flops = 0.0
-    for _, _, position, tokens, delivers in entries:
-        sequences += delivers
-        query_tokens += tokens
-        read += shape.kv_bytes(position + tokens)
-        written += shape.kv_bytes(tokens)
-        flops += shape.attention_flops(tokens, position)
-    return StepWork(sequences, query_tokens, read, written, flops)
+    work = NO_WORK
+    for entry in entries:
+        work = work.plus_chunk(shape, entry.position, entry.query_tokens, entry.outputs)
+    return work
 
 
 def decode_work(shape: ModelShape, sequences: int, kv_bytes: float) -> StepWork:
@@ -83,7 +79,7 @@ def step_cost(device: Device, shape: ModelShape, work: StepWork) -> StepCost:
     level = device.level_for(shape.resident_bytes + work.kv_read_bytes)
     bandwidth = level.bytes_per_second
     weights = shape.weight_bytes(work.query_tokens) / (bandwidth * device.weight_share)
-    flops = shape.matmul_flops(work.query_tokens, work.sequences)
+    flops = shape.matmul_flops(work.query_tokens, work.outputs)
     arithmetic = flops / (device.flops_per_second * device.flops_share)
     attention = work.attention_flops / (device.flops_per_second * device.attention_share)
     kv = (work.kv_read_bytes + work.kv_write_bytes) / (bandwidth * device.kv_share)
@@ -92,7 +88,7 @@ def step_cost(device: Device, shape: ModelShape, work: StepWork) -> StepCost:
         compute=mix(weights, arithmetic) - weights + attention,
         kv=kv,
         phases=shape.phases * device.phase_seconds,
-        host=device.host_seconds + device.sequence_seconds * work.sequences,
+        host=device.host_seconds + device.sequence_seconds * work.outputs,
     )
 
 
@@ -115,7 +111,7 @@ def step_bytes(shape: ModelShape, work: StepWork) -> dict[str, float]:
 
 
 def step_flops(shape: ModelShape, work: StepWork) -> float:
-    return shape.matmul_flops(work.query_tokens, work.sequences) + work.attention_flops
+    return shape.matmul_flops(work.query_tokens, work.outputs) + work.attention_flops
 
 
 def limit_seconds(device: Device, shape: ModelShape, work: StepWork) -> float:
@@ -126,7 +122,7 @@ def limit_seconds(device: Device, shape: ModelShape, work: StepWork) -> float:
 
 def _least_bytes(shape: ModelShape, work: StepWork) -> float:
     """What the step cannot do without: one that draws no token does not read the head."""
-    unread = 0.0 if work.sequences else shape.head_parameters * shape.weight_bytes_each
+    unread = 0.0 if work.outputs else shape.head_parameters * shape.weight_bytes_each
     return sum(step_bytes(shape, work).values()) - unread
 
 

@@ -40,6 +40,11 @@ class Sequence:
         """Tokens to compute before the next one can be drawn; 0 while it decodes."""
         return 0 if self.is_decoding else self.known - self.computed
 
+    @property
+    def is_told(self) -> bool:
+        """It has no token yet, and wants to know how likely the model held those of its prompt."""
+        return self.request.prompt_logprobs and self.request.logprobs is not None and not self.generated
+
 
 @dataclass(frozen=True, slots=True)
 class Ended:

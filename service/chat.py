@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from service.chunks import ChatShape
 from service.fleet import Model
-from service.generate import Generator, heading, limit_tokens, renderings_for, requests_for, room
+from service.generate import Generator, heading, limit_tokens, renderings_for, requests_for, room, told_tokens
 from service.schema import ChatRequest, parse_chat
 from service.stream import Order
 from service.token_log import ChatLog
@@ -27,7 +27,9 @@ class Chat:
         model = generator.model(visit, body)
         messages = [message.for_template() for message in body.messages]
         prompt = await model.text.chat_prompt(messages, limit_tokens(model.worker))
-        max_tokens = room(model.worker, len(prompt), body.limit_tokens, "messages", body.min_tokens)
+        model.check_text(prompt, "messages")
+        wanted_tokens = told_tokens(body) if body.limit_tokens is None else body.limit_tokens
+        max_tokens = room(model.worker, len(prompt), wanted_tokens, "messages", body.min_tokens)
         requests = requests_for(model, body, visit.tier, [(prompt, max_tokens)])
         told_ids = prompt if body.return_token_ids else None
         order = Order(

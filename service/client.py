@@ -16,10 +16,12 @@ from httptools import HttpResponseParser
 
 from scheduler.messages import (
     REASONS,
+    AnyFrame,
     Decision,
     Finish,
     FrameReader,
     Logprobs,
+    LogprobsFrame,
     Reason,
     Refuse,
     Request,
@@ -38,10 +40,11 @@ LAST_BACKOFF_SECONDS = 1.0
 CONNECT_SECONDS = 10.0  # for /model and for the head of /steps
 SILENCE_SECONDS = 30.0  # a worker says something every second; one that is silent for so long is gone
 FRAME_LIMIT_BYTES = 16 << 20  # a step that carries 16384 requests has a hundredth of it
+LOGPROBS_FRAMES_AT_ONCE = 2  # dealt before others have their turn: 3 ms each when they are written down at once
 WORKER_FAILED = (REASONS.index(Reason.WORKER_FAILED), 1000)
 UNFIT = "a step frame whose columns do not fit together"
 
-Frames = list[StepFrame | dict[str, Any]]
+Frames = list[AnyFrame]
 
 
 class Receiver(Protocol):
@@ -73,6 +76,7 @@ class StepStream(asyncio.Protocol):
         self._parser = HttpResponseParser(self)
         self._reader = FrameReader(FRAME_LIMIT_BYTES)
         self._frames: Frames = []
+        self._has_paused = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but name
@@ -82,14 +86,35 @@ class StepStream(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
             if self._frames:
-                frames, self._frames = self._frames, []
                 self.heard_at = time.monotonic()  # whole frames count: bytes may be the endless middle of a bad one
-                self._deliver(frames)
-        except (
-            Exception
-        ) as error:  # not our protocol: the connection ends, and with it all requests, each with an error
-            logger.error("the step stream brought what is not a frame: %r", error)
-            self.close()
+                self._pass_on()
+        except Exception as error:
+            self._fail(error)
+
+    def _pass_on(self) -> None:
+        """Log probabilities take long to write down: after some of them nothing is read before others had their turn."""
+        frames, self._frames = first_turn(self._frames)
+        self._deliver(frames)
+        if self._frames and not self._has_paused:
+            assert self.transport is not None
+            self.transport.pause_reading()
+            self._has_paused = True
+            asyncio.get_running_loop().call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        self._has_paused = False
+        if self.transport is None or self.transport.is_closing():
+            return
+        self.transport.resume_reading()
+        try:
+            self._pass_on()
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """Not our protocol: the connection ends, and with it all requests, each with an error."""
+        logger.error("the step stream brought what is not a frame: %r", error)
+        self.close()
 
     def on_headers_complete(self) -> None:
         if not self.opened.done():
@@ -209,10 +234,10 @@ class WorkerClient:
         for frame in frames:
             if isinstance(frame, StepFrame):
                 steps.append(frame)
+            elif isinstance(frame, LogprobsFrame):
+                self._deal_logprobs(frame)
             elif frame["kind"] == "snapshot":
                 self.snapshot, self.snapshot_at = Snapshot.from_json(frame), time.monotonic()
-            elif frame["kind"] == "logprobs":
-                self._deal_logprobs(frame["rows"])
         if len(steps) > 1 and not any(map(has_failure, steps)):
             steps = [merge(steps)]
         for step in steps:
@@ -222,11 +247,15 @@ class WorkerClient:
             else:
                 self._deal_first_tokens_first(step)
 
-    def _deal_logprobs(self, rows_of: dict[str, list[Logprobs]]) -> None:
-        for id, rows in rows_of.items():
-            receiver = self._open.get(int(id))
+    def _deal_logprobs(self, frame: LogprobsFrame) -> None:
+        for id, rows in frame.rows():
+            receiver = self._open.get(id)
             if receiver is not None:
-                receiver.take_logprobs(rows)
+                try:
+                    receiver.take_logprobs(rows)
+                except Exception:  # as in `_deal`: nobody else's request ends
+                    logger.exception("delivering log probabilities to request %d failed", id)
+                    self._give_up(id, receiver, time.monotonic())
 
     def _deal_first_tokens_first(self, step: StepFrame) -> None:
         """A first token is written by its request's task; the others of the step follow when that task has run."""
@@ -294,6 +323,7 @@ class WorkerClient:
                 backoff_seconds = FIRST_BACKOFF_SECONDS
                 logger.warning("the step stream broke")
             except OSError as error:
+                self.fault = ""  # whoever had it is gone
                 logger.debug("no worker at its socket yet: %r", error)
             except Exception as error:  # its word is of no use (tokenizer, template); no request is open, so ask again
                 self.fault = f"{error}" or repr(error)
@@ -338,6 +368,16 @@ class WorkerClient:
 
     def close(self) -> None:
         self._pool.close()
+
+
+def first_turn(frames: Frames) -> tuple[Frames, Frames]:
+    """What is dealt now, and what later. Only log probabilities are worth a break."""
+    if len(frames) > LOGPROBS_FRAMES_AT_ONCE:
+        places = [place for place, frame in enumerate(frames) if isinstance(frame, LogprobsFrame)]
+        if len(places) > LOGPROBS_FRAMES_AT_ONCE:
+            cut = places[LOGPROBS_FRAMES_AT_ONCE]
+            return frames[:cut], frames[cut:]
+    return frames, []
 
 
 def has_failure(step: StepFrame) -> bool:

@@ -20,7 +20,7 @@ from service.schema import CompletionRequest, check_prompt_ids, parse_completion
 from service.stream import Order
 from service.token_log import CompletionLog, Echoed
 
-MAX_PROMPT_LOGPROBS = 65536  # 2 MB on the step stream, which all requests share
+MAX_PROMPT_LOGPROBS = 65536  # 0.6 MB on the step stream, which all requests share
 
 Value = TypeVar("Value")
 
@@ -64,9 +64,10 @@ class Completions:
             ids = await model.text.prompt(prompt, limit_tokens(model.worker))
             if not ids:
                 raise invalid("'prompt' must hold at least one token.", "prompt")
+            model.check_text(ids, "prompt")
             return ids
         room(model.worker, len(prompt), None, "prompt")  # before the ids are looked at: that takes time for millions
-        check_prompt_ids(prompt, model.text.vocabulary)
+        check_prompt_ids(prompt, model.vocabulary)
         return prompt
 
     @staticmethod

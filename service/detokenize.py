@@ -9,7 +9,6 @@ A character that is still open when the sequence ends is dropped: its missing by
 from __future__ import annotations
 
 import codecs
-import json
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -58,19 +57,23 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
-def is_byte_level(tokenizer: Tokenizer) -> bool:
-    decoder = json.loads(tokenizer.to_str())["decoder"] or {}
-    parts = decoder.get("decoders", [decoder])
-    return bool(parts) and all(part.get("type") in ("ByteLevel", "Fuse") for part in parts)
+def parts_of(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What it is made of. That is megabytes of JSON: parse it once."""
+    parts: dict[str, Any] = orjson.loads(tokenizer.to_str())
+    return parts
 
 
-def longest_token(tokenizer: Tokenizer) -> int | None:
+def is_byte_level(parts: dict[str, Any]) -> bool:
+    decoders = steps_of(parts["decoder"], "decoders")
+    return bool(decoders) and all(step["type"] in ("ByteLevel", "Fuse") for step in decoders)
+
+
+def longest_token(parts: dict[str, Any]) -> int | None:
     """How many characters of a text one token covers at most. None where that is not known for sure.
 
     It is known for byte-level BPE that knows all bytes and drops nothing: there a token of n letters covers n bytes, and a
     character has at least one. Not where an added token swallows the spaces beside it.
     """
-    parts = json.loads(tokenizer.to_str())
     model = parts["model"]
     splits = steps_of(parts["pre_tokenizer"], "pretokenizers")
     exact = (
@@ -83,7 +86,7 @@ def longest_token(tokenizer: Tokenizer) -> int | None:
         and not any(step.get("behavior") == "Removed" for step in splits)
         and not any(token["lstrip"] or token["rstrip"] for token in parts["added_tokens"])
     )
-    return max(map(len, tokenizer.get_vocab(with_added_tokens=True))) if exact else None
+    return max(map(len, (*model["vocab"], *(token["content"] for token in parts["added_tokens"])))) if exact else None
 
 
 def steps_of(part: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
@@ -275,10 +278,10 @@ class TracedCharacters:
     def __init__(self, characters: Characters) -> None:
         self._characters = characters
         self.length = 0
-        self.starts: list[
-            int
-        ] = []  # per id: the place in the text of its first character, which another may have begun
-        self.ends: list[int] = []  # per id: how long the text is when nothing of it is missing
+        # per id: the place in the text of its first character, which another may have begun; and how long the text is
+        # when nothing of it is missing
+        self.starts: list[int] = []
+        self.ends: list[int] = []
 
     @property
     def is_open(self) -> bool:
@@ -290,6 +293,11 @@ class TracedCharacters:
         self.length += len(text)
         self.ends.append(self.length + self._characters.is_open)
         return text
+
+    def add_silent(self) -> None:
+        """An id that says nothing."""
+        self.starts.append(self.length)
+        self.ends.append(self.length)
 
 
 class TracedRendering(StopRendering):
@@ -304,6 +312,10 @@ class TracedRendering(StopRendering):
     @property
     def starts(self) -> Sequence[int]:
         return self._trace.starts
+
+    def add_last(self) -> None:
+        """The id that ended the sequence: whatever it says, it is not in the text."""
+        self._trace.add_silent()
 
     def shown(self) -> int:
         """How many ids, from the first on, have all their text shown.

@@ -7,12 +7,13 @@ import gc
 import logging
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scheduler.messages import WorkerInfo
 from service.client import WorkerClient
 from service.config import GatewayConfig
-from service.errors import model_not_found, unavailable
+from service.errors import invalid, model_not_found, unavailable
 from service.text import Text
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,16 @@ class Model:
     worker: WorkerInfo
     text: Text
     client: WorkerClient
+
+    @property
+    def vocabulary(self) -> int:
+        """Ids below it are known to model and tokenizer."""
+        return min(self.worker.vocabulary or self.text.vocabulary, self.text.vocabulary)
+
+    def check_text(self, ids: Sequence[int], param: str) -> None:
+        """A tokenizer may have tokens that its model was never given. Raises ApiError when a text has one of these."""
+        if self.vocabulary < self.text.vocabulary and max(ids, default=0) >= self.vocabulary:
+            raise invalid(f"'{param}' has the token {max(ids)}, which this model does not know.", param)
 
 
 class Fleet:

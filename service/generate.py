@@ -22,10 +22,11 @@ from service.errors import context_length_exceeded, invalid
 from service.fleet import Fleet, Model
 from service.metrics import Metrics
 from service.schema import GenerateRequest, Parsed, check_ids
-from service.stream import Answer, CollectedAnswer, LoggedStream, Order, StreamedAnswer
+from service.stream import Answer, CollectedAnswer, LoggedCollection, LoggedStream, Order, StreamedAnswer
 
 SEED_MASK = (1 << 63) - 1
 MAX_REPEATED_TOKENS = 1 << 20  # of prompts, times n: so many are copied, and may come back with every answer
+MAX_LOGPROBS = 1 << 18  # of what one request generates: 18 MB of JSON in a chat
 SEED_STEP = 0x9E3779B97F4A7C15  # between the seeds of a prompt's answers: far apart, whatever the first one is
 PARSE_INLINE_BYTES = 256 << 10  # many parts or messages, checked one by one in Python: a thread lets others run between
 
@@ -56,8 +57,10 @@ class Generator:
         return model
 
     def answer(self, visit: Visit, model: Model, order: Order, stream: bool) -> Answer:
-        streamed = LoggedStream if order.logs else StreamedAnswer
-        kind = streamed if stream else CollectedAnswer
+        if stream:
+            kind: type[Answer] = LoggedStream if order.logs else StreamedAnswer
+        else:
+            kind = LoggedCollection if order.logs else CollectedAnswer
         return kind(visit, model.client, order, self.config, self.metrics)
 
     async def submit(self, visit: Visit, answer: Answer, order: Order) -> Answer:
@@ -69,8 +72,8 @@ class Generator:
 
 def check_against(model: Model, body: GenerateRequest) -> None:
     """What only the model can tell of a body. Raises ApiError."""
-    check_ids(body.stop_token_ids, model.text.vocabulary, "stop_token_ids")
-    check_ids([id for id, _ in body.logit_bias], model.text.vocabulary, "logit_bias")
+    check_ids(body.stop_token_ids, model.vocabulary, "stop_token_ids")
+    check_ids([id for id, _ in body.logit_bias], model.vocabulary, "logit_bias")
     if body.alternatives is not None and model.worker.engine == "simulated":
         raise invalid("'logprobs' needs a model: the simulated engine draws no tokens, it has no weights.", "logprobs")
 
@@ -102,22 +105,10 @@ def requests_for(
             f"'n' asks for prompts of {repeated_tokens} tokens in all; together they may have {MAX_REPEATED_TOKENS}.",
             "n",
         )
-    seed = random.getrandbits(63) if body.seed is None else body.seed & SEED_MASK
-    worker = model.worker
-    sampling = Sampling(
-        temperature=worker.temperature if body.temperature is None else body.temperature,
-        top_p=worker.top_p if body.top_p is None else body.top_p,
-        top_k=worker.top_k if body.top_k is None else max(0, body.top_k),
-        seed=seed,
-        min_p=worker.min_p if body.min_p is None else body.min_p,
-        repetition_penalty=worker.repetition_penalty if body.repetition_penalty is None else body.repetition_penalty,
-        presence_penalty=body.presence_penalty,
-        frequency_penalty=body.frequency_penalty,
-        logit_bias=body.logit_bias,
-        min_tokens=body.min_tokens,
-    )
-    samplings = [sampling, *(replace(sampling, seed=seed_of(seed, number)) for number in range(1, body.n))]
-    stop_ids = frozenset((*body.stop_token_ids, *(() if body.ignore_eos else worker.eos_ids)))
+    check_logprobs(body, sum(max_tokens for _, max_tokens in prompts))
+    sampling = sampling_for(model.worker, body)
+    samplings = [sampling, *(replace(sampling, seed=seed_of(sampling.seed, number)) for number in range(1, body.n))]
+    stop_ids = frozenset((*body.stop_token_ids, *(() if body.ignore_eos else model.worker.eos_ids)))
     return [
         Request(
             id=model.client.next_id(),
@@ -133,6 +124,40 @@ def requests_for(
         )
         for (prompt, max_tokens), sampling in itertools.product(prompts, samplings)
     ]
+
+
+def told_tokens(body: GenerateRequest) -> int | None:
+    """Where the client says no limit, an answer with log probabilities ends where they do. None: nothing is told."""
+    return None if body.alternatives is None else MAX_LOGPROBS // (body.n * (1 + body.alternatives))
+
+
+def check_logprobs(body: GenerateRequest, max_tokens: int) -> None:
+    """`max_tokens`: of all prompts. Raises ApiError when an answer might tell too much: it is held until it is whole."""
+    if body.alternatives is None:
+        return
+    asked = body.n * max_tokens * (1 + body.alternatives)
+    if asked > MAX_LOGPROBS:
+        raise invalid(
+            f"'logprobs' asks for up to {asked} log probabilities (tokens that may be generated x n x (1 + likeliest ones)); "
+            f"one request gets at most {MAX_LOGPROBS}. Please lower max_tokens.",
+            "logprobs",
+        )
+
+
+def sampling_for(worker: WorkerInfo, body: GenerateRequest) -> Sampling:
+    """Where the client says nothing, the model's own way holds."""
+    return Sampling(
+        temperature=worker.temperature if body.temperature is None else body.temperature,
+        top_p=worker.top_p if body.top_p is None else body.top_p,
+        top_k=worker.top_k if body.top_k is None else max(0, body.top_k),
+        seed=random.getrandbits(63) if body.seed is None else body.seed & SEED_MASK,
+        min_p=worker.min_p if body.min_p is None else body.min_p,
+        repetition_penalty=worker.repetition_penalty if body.repetition_penalty is None else body.repetition_penalty,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        logit_bias=body.logit_bias,
+        min_tokens=body.min_tokens,
+    )
 
 
 def seed_of(seed: int, number: int) -> int:

@@ -33,6 +33,12 @@ MAX_ALTERNATIVES = 20
 MAX_MESSAGES = 4096
 MAX_ID_DIGITS = 10
 BIASES = {"type": "object", "additionalProperties": {"type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS}}
+STRING, ID = {"type": "string"}, {"type": "integer", "minimum": 0}
+STOPS = {"anyOf": [STRING, {"type": "array", "items": STRING, "maxItems": MAX_STOPS}]}
+STOP_IDS = {"type": "array", "items": ID, "maxItems": MAX_STOP_IDS}
+IDS = {"type": "array", "items": ID, "minItems": 1}
+PROMPTS = {"anyOf": [STRING, {"type": "array", "items": STRING, "minItems": 1}, IDS, {"type": "array", "items": IDS}]}
+CONTENT = {"anyOf": [STRING, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]}
 TIERS = {
     "auto": "default",
     "default": "default",
@@ -78,6 +84,14 @@ NEUTRAL: Neutral = {
     "regex": (None, ""),
     "ebnf": (None, ""),
 }
+
+
+def without_default(schema: dict[str, Any]) -> None:
+    """Ours is a value that no client could send."""
+    schema.pop("default", None)
+
+
+NO_DEFAULT = Field(json_schema_extra=without_default)
 
 
 def stop_strings(value: Any) -> Any:
@@ -166,7 +180,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Annotated[str | None, BeforeValidator(content_text)] = None
+    content: Annotated[str | None, BeforeValidator(content_text), WithJsonSchema(CONTENT)] = None
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
@@ -181,7 +195,7 @@ class StreamOptions(BaseModel):
     include_usage: Annotated[bool, null_means(False)] = False
 
 
-Penalty = Annotated[float, null_means(0.0), Field(ge=-2, le=2)]
+Penalty = Annotated[float, Field(ge=-2, le=2), null_means(0.0)]
 
 
 class GenerateRequest(BaseModel, ABC):
@@ -195,20 +209,22 @@ class GenerateRequest(BaseModel, ABC):
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
     top_k: Annotated[int | None, Field(ge=-1, le=0x7FFFFFFF)] = None  # 0 and -1: off
     seed: int | None = None
-    stop: Annotated[tuple[str, ...], BeforeValidator(stop_strings)] = ()
+    stop: Annotated[tuple[str, ...], BeforeValidator(stop_strings), WithJsonSchema(STOPS), NO_DEFAULT] = ()
     stream: Annotated[bool, null_means(False)] = False
     stream_options: StreamOptions | None = None
-    service_tier: Annotated[str | None, BeforeValidator(tier)] = None
-    n: Annotated[int, null_means(1), Field(ge=1, le=128)] = 1
+    service_tier: Annotated[str | None, BeforeValidator(tier), WithJsonSchema({"enum": [*TIERS, None]})] = None
+    n: Annotated[int, Field(ge=1, le=128), null_means(1)] = 1
     best_of: Annotated[int | None, Field(ge=1)] = None
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    logit_bias: Annotated[tuple[tuple[int, float], ...], BeforeValidator(biases), WithJsonSchema(BIASES)] = ()
+    logit_bias: Annotated[
+        tuple[tuple[int, float], ...], BeforeValidator(biases), WithJsonSchema(BIASES), NO_DEFAULT
+    ] = ()
     # not OpenAI's
     min_p: Annotated[float | None, Field(ge=0, le=1)] = None
     repetition_penalty: Annotated[float | None, Field(gt=0, le=10)] = None
-    min_tokens: Annotated[int, null_means(0), Field(ge=0, le=0x7FFFFFFF)] = 0
-    stop_token_ids: Annotated[tuple[int, ...], BeforeValidator(ids_that_stop)] = ()
+    min_tokens: Annotated[int, Field(ge=0, le=0x7FFFFFFF), null_means(0)] = 0
+    stop_token_ids: Annotated[tuple[int, ...], BeforeValidator(ids_that_stop), WithJsonSchema(STOP_IDS)] = ()
     ignore_eos: Annotated[bool, null_means(False)] = False
     return_token_ids: Annotated[bool, null_means(False)] = False
 
@@ -314,8 +330,10 @@ def check_ids(ids: Collection[int], vocabulary: int, param: str) -> None:
 
 
 class CompletionRequest(GenerateRequest):
-    prompt: Annotated[list[Any], BeforeValidator(prompts)]  # each a str or a list, whose first item is an int
-    max_tokens: Annotated[int, null_means(16), Field(ge=0)] = 16
+    prompt: Annotated[
+        list[Any], BeforeValidator(prompts), WithJsonSchema(PROMPTS)
+    ]  # each a str or a list, whose first item is an int
+    max_tokens: Annotated[int, Field(ge=0), null_means(16)] = 16
     echo: Annotated[bool, null_means(False)] = False
     logprobs: Annotated[int | None, Field(ge=0, le=MAX_ALTERNATIVES)] = None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from starlette.requests import ClientDisconnect
@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from scheduler.messages import Decision, Finish, Logprobs, Refuse, Request
-from service.chunks import NOTHING_TOLD, Shape
+from service.chunks import NOTHING_TOLD, Pieces, Shape
 from service.client import WorkerClient
 from service.config import GatewayConfig
 from service.detokenize import Rendering, TracedRendering
@@ -26,6 +26,7 @@ from service.errors import DONE, ApiError, failed, refused_by
 from service.metrics import Metrics
 from service.token_log import TokenLog
 
+PART_BYTES = 256 << 10
 PING = b": ping\n\n"
 STREAM_START = {
     "type": "http.response.start",
@@ -67,9 +68,9 @@ class Choice:
     def take_logprobs(self, rows: Sequence[Logprobs]) -> None:
         """Nobody asked for them."""
 
-    def told(self) -> bytes:
+    def told(self) -> Pieces:
         """Fields about its tokens: what is new since the last call."""
-        return NOTHING_TOLD
+        return [NOTHING_TOLD]
 
     def take(self, ids: Sequence[int], finish: int, now: float) -> None:
         """What one delivery brought. Never waits."""
@@ -118,11 +119,21 @@ class LoggedChoice(Choice):
             self._log.add(ids)
         super().take(ids, finish, now)
 
+    def _finish(self, text: bytes, finish: int) -> None:
+        """The id that ended the sequence is a token like the others, unless a stop string ended it before."""
+        if finish == Finish.STOP and not self._trace.stopped and self.tokens > len(self._trace.starts):
+            self._trace.add_last()
+        super()._finish(text, finish)
+
+    def write_down(self) -> None:
+        """What may be told by now: a part at a time, so that no end of an answer takes long."""
+        self._log.write(self._trace.shown(), self._trace.starts)
+
     @property
     def has_news(self) -> bool:
         return self._log.has_news(*self._progress())
 
-    def told(self) -> bytes:
+    def told(self) -> Pieces:
         return self._log.tell(*self._progress(), self._trace.starts)
 
     def _progress(self) -> tuple[int, int]:
@@ -217,6 +228,24 @@ class Answer(Response, ABC):
         if not self.ended:
             self.end(outcome)
 
+    # --- called by the request's task
+
+    async def send_body(self, send: Send, body: bytes, more: bool) -> None:
+        """Waits while the reader lags, but not for ever: it may lag without ever filling a backlog."""
+        try:
+            async with asyncio.timeout(self.config.reader_seconds):
+                await send({"type": "http.response.body", "body": body, "more_body": more})
+        except TimeoutError:
+            self.drop_reader()
+            await asyncio.sleep(0)  # until the server has noticed that the connection is gone
+
+    def drop_reader(self) -> None:
+        self.visit.settle("slow_reader")
+        self.abandon("slow_reader")
+        self.visit.wire.transport.abort()
+
+    # --- the end
+
     def end(self, outcome: str) -> None:
         self.ended = True
         if outcome != "ok":  # that is known only when the last byte has been taken
@@ -240,7 +269,8 @@ class CollectedAnswer(Answer):
     def show(self, index: int, text: bytes) -> None:
         self.texts[index].append(text)
 
-    show_last = show
+    def show_last(self, index: int, text: bytes) -> None:
+        self.show(index, text)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self.wake.wait()
@@ -251,9 +281,43 @@ class CollectedAnswer(Answer):
             (b"".join(texts), choice.told(), choice.finish_reason)
             for texts, choice in zip(self.texts, self.choices, strict=True)
         ]
-        body = self.shape.whole(choices, self.prompt_tokens, self.completion_tokens)
-        await Response(body, media_type="application/json")(scope, receive, send)
+        pieces = self.shape.whole(choices, self.prompt_tokens, self.completion_tokens)
+        await self.respond(pieces, scope, receive, send)
         self.visit.settle("ok")
+
+    async def respond(self, pieces: Pieces, scope: Scope, receive: Receive, send: Send) -> None:
+        await Response(b"".join(pieces), media_type="application/json")(scope, receive, send)
+
+
+class LoggedCollection(CollectedAnswer):
+    """One that also tells of single tokens."""
+
+    def show(self, index: int, text: bytes) -> None:
+        super().show(index, text)
+        choice = self.choices[index]
+        assert isinstance(choice, LoggedChoice)
+        choice.write_down()
+
+    async def respond(self, pieces: Pieces, scope: Scope, receive: Receive, send: Send) -> None:
+        """A part at a time, as the socket takes them: there may be megabytes."""
+        length = b"%d" % sum(map(len, pieces))
+        headers = [(b"content-type", b"application/json"), (b"content-length", length)]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for part in in_parts(pieces):
+            await self.send_body(send, part, more=True)
+        await self.send_body(send, b"", more=False)
+
+
+def in_parts(pieces: Pieces) -> Iterator[bytes]:
+    """The same bytes, in parts that are neither small nor large."""
+    part = bytearray()
+    for piece in pieces:
+        for begin in range(0, len(piece), PART_BYTES):
+            part += memoryview(piece)[begin : begin + PART_BYTES]
+            if len(part) >= PART_BYTES:
+                yield bytes(part)
+                part.clear()
+    yield bytes(part)
 
 
 class StreamedAnswer(Answer):
@@ -338,21 +402,10 @@ class StreamedAnswer(Answer):
         self.visit.settle("ok")
 
     async def send_pending(self, send: Send, more: bool) -> None:
-        """Waits while the reader lags, but not for ever: it may lag without ever filling the backlog."""
         body = b"".join(self.pending)
         self.pending.clear()
         self.pending_bytes = 0
-        try:
-            async with asyncio.timeout(self.config.reader_seconds):
-                await send({"type": "http.response.body", "body": body, "more_body": more})
-        except TimeoutError:
-            self.drop_reader()
-            await asyncio.sleep(0)  # until the server has noticed that the connection is gone
-
-    def drop_reader(self) -> None:
-        self.visit.settle("slow_reader")
-        self.abandon("slow_reader")
-        self.transport.abort()
+        await self.send_body(send, body, more)
 
     async def sleep(self) -> None:
         """Until there is something to do. A client that hears nothing for long gets a comment, so that nobody hangs up."""
@@ -379,6 +432,6 @@ class LoggedStream(StreamedAnswer):
         choice = self.choices[index]
         assert isinstance(choice, LoggedChoice)
         if self.fresh[index]:
-            self.open(index, text, self.shape.after(choice.told()))
+            self.open(index, text, self.shape.after(b"".join(choice.told())))
         elif text or choice.has_news:
-            self.put(b"%b%b%b" % (self.befores[index], text, self.shape.after(choice.told())))
+            self.put(b"%b%b%b" % (self.befores[index], text, self.shape.after(b"".join(choice.told()))))

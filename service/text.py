@@ -29,6 +29,7 @@ from service.detokenize import (
     WindowCharacters,
     is_byte_level,
     longest_token,
+    parts_of,
 )
 from service.errors import context_length_exceeded, invalid
 from service.token_log import Echoed, TokenNames
@@ -101,10 +102,11 @@ class Text:
         self._tokenizer = Tokenizer.from_str(worker.tokenizer_json)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._table = ByteTable(self._tokenizer) if is_byte_level(self._tokenizer) else None
+        parts = parts_of(self._tokenizer)
+        self._table = ByteTable(self._tokenizer) if is_byte_level(parts) else None
         self._template = ChatTemplate(worker.chat_template, worker.special_tokens) if worker.chat_template else None
-        self._longest_token = longest_token(self._tokenizer)
-        self.names = TokenNames(self._tokenizer, self._table)
+        self._longest_token = longest_token(parts)
+        self.names = TokenNames(self._tokenizer, self._table, parts["decoder"])
         self.vocabulary = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     async def chat_prompt(self, messages: Messages, limit_tokens: int) -> list[int]:

@@ -17,6 +17,7 @@ from scheduler.messages import Sampling, WorkerInfo
 from scheduler.model import ModelShape
 from scheduler.roofline import decode_work
 from scheduler.tiers import Tier, default_tiers
+from worker.amounts import in_bytes, in_millions
 from worker.calibrate import sweep
 from worker.config import WorkerConfig
 from worker.engine import Engine
@@ -64,10 +65,10 @@ def _build_simulated(config: WorkerConfig) -> Built:
     capacity = config.kv_cache_bytes or engine.kv_cache_bytes
     if capacity < shape.kv_bytes(1024):
         raise ValueError(
-            f"{shape.name} needs {_gb(shape.resident_bytes)} for its weights and does not fit {device.name} "
-            f"({_gb(device.memory.capacity_bytes)})"
+            f"{shape.name} needs {in_bytes(shape.resident_bytes)} for its weights and does not fit {device.name} "
+            f"({in_bytes(device.memory.capacity_bytes)})"
         )
-    stage(f"simulating {shape.name} ({_count(shape.parameters)} parameters, bf16) on {device.name}")
+    stage(f"simulating {shape.name} ({in_millions(shape.parameters)} parameters, bf16) on {device.name}")
     cost = CostModel(device, shape)
     return _assemble(config, engine, cost, capacity, files, config.served_name or f"simulated-{device.name}")
 
@@ -81,13 +82,16 @@ def _build_native(config: WorkerConfig) -> Built:
     )
     wait_passively(os.environ)
     from worker.native.build import load  # torch takes more than a second to import
+    from worker.native.memory import enough_memory
 
     began = time.monotonic()
-    native = load(model, name, config)
+    with enough_memory(name):
+        native = load(model, name, config)
     engine = native.engine
+    copies = f" x {native.copies}" if native.copies > 1 else ""
     stage(
-        f"loaded in {time.monotonic() - began:.1f} s: {_count(engine.parameters)} parameters, "
-        f"{_gb(engine.weight_bytes)} in {engine.dtype} on {engine.device}{native.threads_note}"
+        f"loaded in {time.monotonic() - began:.1f} s: {in_millions(engine.parameters)} parameters, "
+        f"{in_bytes(engine.weight_bytes)}{copies} in {engine.dtype} on {engine.device}{native.threads_note}"
     )
     shape = native.shape
     limits = _limits(config, shape)
@@ -95,7 +99,8 @@ def _build_native(config: WorkerConfig) -> Built:
         files.temperature, files.top_p, files.top_k, min_p=files.min_p, repetition_penalty=files.repetition_penalty
     )
     began = time.monotonic()
-    timings = sweep(engine, shape, limits, int(engine.kv_cache_bytes / shape.kv_bytes(1)), usual)
+    with enough_memory(name):
+        timings = sweep(engine, shape, limits, int(engine.kv_cache_bytes / shape.kv_bytes(1)), usual)
     cost = CostModel(fit_device(native.device, shape, timings), shape)
     cost.prime(timings)
     stage(f"measured in {native.measured_seconds + time.monotonic() - began:.1f} s: {len(timings)} kinds of steps")
@@ -141,6 +146,7 @@ def _assemble(
         min_p=files.min_p,
         repetition_penalty=files.repetition_penalty,
         random_weights=files.is_random,
+        vocabulary=shape.vocabulary,
     )
     return Built(engine, gate, info, cost.device.flops_per_second)
 
@@ -154,7 +160,7 @@ def _describe(cost: CostModel, capacity: float, tiers: tuple[Tier, ...], solo: f
     """What was measured of the machine and what it means for users, as lines."""
     device, shape = cost.device, cost.shape
     stage(f"machine: {_machine(device)}; ridge {cost.ridge} tokens per step")
-    stage(f"KV cache: {int(capacity / shape.kv_bytes(1)):,} tokens in {_gb(capacity)}")
+    stage(f"KV cache: {int(capacity / shape.kv_bytes(1)):,} tokens in {in_bytes(capacity)}")
     floor = next(tier for tier in tiers if tier.name == "default")
     each = shape.kv_bytes(SOLO_CONTEXT)
     users = max(1, min(room(cost, Load(0, 0.0, floor.gap_seconds), each), limits.sequences, int(capacity / each)))
@@ -181,11 +187,3 @@ def _tier(tier: Tier) -> str:
     if not tier.floor_utps:
         return f"{tier.name} no floor, waits as long as it takes"
     return f"{tier.name} >= {tier.floor_utps:,.0f} tokens/s, waits up to {tier.max_wait_seconds:.0f} s"
-
-
-def _gb(amount: float) -> str:
-    return f"{amount / 1e9:.1f} GB" if amount >= 1e9 else f"{amount / 1e6:.1f} MB"
-
-
-def _count(number: float) -> str:
-    return f"{number / 1e9:.1f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"

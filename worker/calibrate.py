@@ -46,6 +46,7 @@ SINGLE_SHARE = 0.7  # so much
 SETUP_SECONDS = 0.5  # so much may go into SHORT contexts of sequences that decode
 SETUP_TOKENS = 512  # in one step
 FIRST_GROWTH = 3.0  # from one token to a few: most of a step is weights, which all of them share
+LEAST_CONTEXT_TOKENS, LEAST_CACHE_TOKENS = 9, 128  # with less (the cache in whole blocks) no case fits
 CORNER = 1.5  # a line through two sizes lies below a third where arithmetic begins to count
 
 

@@ -1,6 +1,6 @@
 """The engine process: one loop that reads gate.plan → engine.run → gate.observe → line.
 
-The engine computes in a thread of its own, so that arrivals are decided and cancellations taken while a step runs. The loop
+The loop has a thread beside the engine's, so that arrivals are decided and cancellations taken while a step runs. The loop
 measures every step; neither engine nor model is asked how long it took.
 """
 
@@ -43,7 +43,11 @@ clock = time.monotonic
 
 
 class Stepper:
-    """Runs the engine in its own thread and says when it is done."""
+    """Runs the engine in the thread that calls `run`, for a loop in another one, and says when it is done.
+
+    That should be the thread that loaded it: OpenMP gives each thread that computes a pool of its own, and waits badly with
+    more of them than there are CPUs (a step of SmolLM2-135M on two: 27 ms instead of 16).
+    """
 
     def __init__(self, engine: Engine, link: EngineLink) -> None:
         self._engine = engine
@@ -54,7 +58,6 @@ class Stepper:
         self.ended = 0.0
         self.result: StepResult | None = None
         self.error: Exception | None = None
-        threading.Thread(target=self._loop, name="engine", daemon=True).start()
 
     def start(self, plan: StepPlan) -> None:
         self._plan, self.result, self.error = plan, None, None
@@ -65,7 +68,8 @@ class Stepper:
     def is_done(self) -> bool:
         return self.result is not None or self.error is not None
 
-    def _loop(self) -> None:
+    def run(self) -> None:
+        """For ever."""
         while True:
             self._go.acquire()
             result, error = None, None
@@ -223,11 +227,7 @@ class Core:
     def submit(self, ticket: int, body: bytes) -> None:
         try:
             request = Request.decode(body)
-            biased = [token for token, _ in request.sampling.logit_bias]
-            if (
-                max((*biased, max(request.prompt, default=0))) >= self.gate.shape.vocabulary
-                or min(biased, default=0) < 0
-            ):
+            if names_unknown_tokens(request, self.gate.shape.vocabulary):
                 raise ValueError("a token id beyond the model's vocabulary")  # it would fail everybody's step
             eos = frozenset() if request.ignore_eos else self._eos_ids
             decision = self.gate.arrive(request.with_stop_ids(eos), clock())
@@ -266,6 +266,12 @@ class Core:
         self._told_at, self._changed = now, False
 
 
+def names_unknown_tokens(request: Request, vocabulary: int) -> bool:
+    """Its prompt or its biases hold an id that is no token of the model."""
+    biased = [token for token, _ in request.sampling.logit_bias]
+    return max((*biased, max(request.prompt, default=0))) >= vocabulary or min(biased, default=0) < 0
+
+
 def with_logprobs(events: Sequence[TokenEvent], result: StepResult) -> list[TokenEvent]:
     """The gate may have cut what was drawn, at a stop id or a limit: then the last ones have no token."""
     told = []
@@ -284,27 +290,34 @@ def end_with(link_fd: int) -> None:
     os._exit(0)
 
 
-def main(link_fd: int, config: WorkerConfig) -> None:
-    """Runs until the front closes its end, which also ends a step that is being computed."""
-    link = EngineLink(socket.socket(fileno=link_fd))
-    threading.Thread(target=end_with, args=(link_fd,), name="lifeline", daemon=True).start()
+def drive(core: Core) -> None:
+    """The loop, and with it the process, to its end."""
     try:
-        try:
-            built = build(config)
-        except StartFailed as error:
-            link.send(encode_json_answer(Answer.FAILED, {"sentence": str(error)}))
-            return
-        link.send(encode_answer(Answer.INFO, built.info.encode()))
-        gc.collect()
-        gc.freeze()
-        Core(link, built).run()
+        core.run()
     except LinkClosed:
         pass
     except Exception:  # a bug: this process ends, and with it every request, each with an error
         traceback.print_exc()
     finally:
         sys.stdout.flush()
-        os._exit(0)  # a step may still be running in its thread, and nobody is left to want it
+        os._exit(0)  # a step may still be running, and nobody is left to want it
+
+
+def main(link_fd: int, config: WorkerConfig) -> None:
+    """Runs until the front closes its end, which also ends a step that is being computed."""
+    link = EngineLink(socket.socket(fileno=link_fd))
+    threading.Thread(target=end_with, args=(link_fd,), name="lifeline", daemon=True).start()
+    try:
+        built = build(config)
+    except StartFailed as error:
+        link.send(encode_json_answer(Answer.FAILED, {"sentence": str(error)}))
+        return
+    link.send(encode_answer(Answer.INFO, built.info.encode()))
+    gc.collect()
+    gc.freeze()
+    core = Core(link, built)
+    threading.Thread(target=drive, args=(core,), name="loop", daemon=True).start()
+    core.stepper.run()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,20 @@ from worker.hub import HubName, from_hub
 
 DEMO = "headgate-demo"
 SHIPPED = Path(__file__).parent / "models"
-WEIGHT_FILES = ("model.safetensors.index.json", "model.safetensors")
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# All that is served from: no consolidated or sharded copies in other forms, no optimizer, nothing of other frameworks.
+SERVED_FROM = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    WHOLE,
+    INDEX,
+    "model-*-of-*.safetensors",
+]
 
 
 class ModelNotFound(Exception):
@@ -30,11 +43,11 @@ def find_model(name: str, say: Callable[[str], None] = print) -> Path:
     hub_name = HubName.parse(name)
     assert hub_name is not None  # else nothing else could have been meant
     try:
-        folder = from_hub(hub_name, say)
+        folder = from_hub(hub_name, SERVED_FROM, _lacks, say)
     except OSError as error:
         raise ModelNotFound(str(error)) from error
     if not has_weights(folder):
-        raise ModelNotFound(f"the hub model {name} has no model.safetensors; other forms of weights are not read")
+        raise ModelNotFound(f"the hub model {name} has no {WHOLE}; other forms of weights are not read")
     return folder
 
 
@@ -72,7 +85,13 @@ def shipped_models() -> list[str]:
 
 
 def has_weights(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in WEIGHT_FILES)
+    return any((folder / name).is_file() for name in (WHOLE, INDEX))
+
+
+def _lacks(folder: Path) -> str:
+    """The first file without which nothing can be served, where it is not there; else nothing."""
+    absent = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
+    return (absent or [""])[0] if has_weights(folder) else WHOLE
 
 
 def has_random_weights(model: Path) -> bool:

@@ -7,17 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-# All that is served from: no consolidated or sharded copies in other forms, no optimizer, nothing of other frameworks.
-NEEDED = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "model-*-of-*.safetensors",
-]
 ANSWER_SECONDS = 10.0  # until the hub counts as out of reach
 
 
@@ -40,37 +29,54 @@ class HubName:
         return f"{self.repository}@{self.revision}" if self.revision else self.repository
 
 
-def from_hub(name: HubName, say: Callable[[str], None]) -> Path:
-    """The folder of its snapshot. Raises OSError with a sentence."""
+def from_hub(name: HubName, files: list[str], lacks: Callable[[Path], str], say: Callable[[str], None]) -> Path:
+    """The folder of its snapshot. Raises OSError with a sentence.
+
+    `files` are the patterns of what is fetched; `lacks` names the file that a folder would need, or nothing.
+    """
     from huggingface_hub import HfApi, snapshot_download  # takes a third of a second to import; few starts need it
 
     try:
         HfApi().model_info(name.repository, revision=name.revision, timeout=ANSWER_SECONDS)
     except Exception as error:  # its errors have many types, of more than one library; each becomes a sentence
-        return _from_cache(name, error, say)
+        return _from_cache(name, error, files, lacks, say)
     try:
-        return Path(snapshot_download(name.repository, revision=name.revision, allow_patterns=NEEDED))
+        return Path(snapshot_download(name.repository, revision=name.revision, allow_patterns=files))
     except Exception as error:
         raise OSError(_sentence(name, error, "could not be downloaded")) from error
 
 
-def _from_cache(name: HubName, refusal: Exception, say: Callable[[str], None]) -> Path:
-    from huggingface_hub import constants, snapshot_download
+def _from_cache(
+    name: HubName,
+    refusal: Exception,
+    files: list[str],
+    lacks: Callable[[Path], str],
+    say: Callable[[str], None],
+) -> Path:
+    from huggingface_hub import snapshot_download
 
     try:
-        cached = snapshot_download(
-            name.repository, revision=name.revision, allow_patterns=NEEDED, local_files_only=True
+        cached = Path(
+            snapshot_download(name.repository, revision=name.revision, allow_patterns=files, local_files_only=True)
         )
     except Exception as error:
-        sentence = _sentence(name, refusal, "could not be had")
-        raise OSError(
-            f"{sentence}, and the cache {constants.HF_HUB_CACHE} does not hold all of it; "
-            "try again with a connection, or give --model a folder with the checkpoint"
-            if _is_unreachable(refusal)
-            else sentence
-        ) from error
+        raise OSError(_not_cached(name, refusal)) from error
+    if absent := lacks(cached):  # another program wanted no more of it
+        raise OSError(_not_cached(name, refusal, f" ({absent} is not there)"))
     say(f"{_sentence(name, refusal, 'is served from the cache')}: {cached}")
-    return Path(cached)
+    return cached
+
+
+def _not_cached(name: HubName, refusal: Exception, detail: str = "") -> str:
+    from huggingface_hub import constants
+
+    sentence = _sentence(name, refusal, "could not be had")
+    if not _is_unreachable(refusal):
+        return sentence
+    return (
+        f"{sentence}, and the cache {constants.HF_HUB_CACHE} does not hold all of it{detail}; "
+        "try again with a connection, or give --model a folder with the checkpoint"
+    )
 
 
 def _is_unreachable(error: Exception) -> bool:

@@ -23,6 +23,8 @@ from tokenizers import Tokenizer
 
 from worker.files import DEMO, SHIPPED, ModelNotFound, has_random_weights, read_config, read_json
 
+MOST_IDS = 2**32 - 1  # on the wire
+
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFiles:
@@ -57,7 +59,7 @@ def _read_tokenizer(folder: Path) -> TokenizerFiles:
     text, tokenizer = _load(path)
     config, settings = read_config(folder), read_json(folder / "tokenizer_config.json")
     _check_vocabulary(folder, tokenizer, config)
-    special_tokens = _special_tokens(settings)
+    special_tokens = _special_tokens(read_json(folder / "special_tokens_map.json")) | _special_tokens(settings)
     return TokenizerFiles(
         tokenizer_json=text,
         chat_template=_chat_template(folder, settings),
@@ -79,8 +81,12 @@ def _load(path: Path) -> tuple[str, Tokenizer]:
 
 
 def _check_vocabulary(folder: Path, tokenizer: Tokenizer, config: dict[str, Any]) -> None:
-    """A prompt with an id that has no embedding could not be computed."""
-    most = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    """A text with an id that has no embedding could not be computed.
+
+    Added tokens may lie beyond: fine-tuning often adds one for padding, which no text holds. Who sends it all the same is
+    refused.
+    """
+    most = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
     size = config.get("vocab_size")
     if isinstance(size, int) and most >= size:
         raise ValueError(
@@ -101,10 +107,11 @@ def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:
 
 
 def _eos_ids(folder: Path, config: dict[str, Any], of_tokenizer: int | None) -> tuple[int, ...]:
-    """Those of generation_config.json, else of config.json; and the tokenizer's own."""
-    generation = folder / "generation_config.json"
-    ids = _ids(generation, read_json(generation)) or _ids(folder / "config.json", config)
-    if of_tokenizer is not None and of_tokenizer not in ids:
+    """Those of generation_config.json, else of config.json; and the tokenizer's own, if it can be drawn."""
+    generation, size = folder / "generation_config.json", config.get("vocab_size")
+    most = size - 1 if isinstance(size, int) else MOST_IDS
+    ids = _ids(generation, read_json(generation), most) or _ids(folder / "config.json", config, most)
+    if of_tokenizer is not None and of_tokenizer <= most and of_tokenizer not in ids:
         ids = (*ids, of_tokenizer)
     if not ids:
         raise ValueError(
@@ -114,11 +121,13 @@ def _eos_ids(folder: Path, config: dict[str, Any], of_tokenizer: int | None) -> 
     return ids
 
 
-def _ids(path: Path, config: dict[str, Any]) -> tuple[int, ...]:
+def _ids(path: Path, config: dict[str, Any], most: int) -> tuple[int, ...]:
     value = config.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(id, int) and not isinstance(id, bool) and id >= 0 for id in ids):
         raise ValueError(f"{path}: eos_token_id must be a token id or a list of them, not {json.dumps(value)}")
+    if max(ids, default=0) > most:
+        raise ValueError(f"{path}: eos_token_id {max(ids)} is no token of the model: vocab_size is {most + 1}")
     return tuple(ids)
 
 
@@ -139,7 +148,10 @@ def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
     """From its own file, else from the tokenizer's settings: one text, or several with names."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return _compiled(path.read_text("utf-8"), str(path))
+        try:
+            return _compiled(path.read_text("utf-8"), str(path))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not a text in UTF-8: {error}") from error
     where, template = f"{folder / 'tokenizer_config.json'}: chat_template", settings.get("chat_template")
     if isinstance(template, list):
         if not all(isinstance(entry, dict) and {"name", "template"} <= entry.keys() for entry in template):
@@ -162,6 +174,8 @@ def _compiled(template: str, where: str) -> str:
         raise ValueError(
             f"{where}, line {error.lineno}: the chat template does not compile: {error.message}"
         ) from error
+    except SyntaxError as error:  # of Python, which it is compiled to: a break outside of a loop
+        raise ValueError(f"{where}: the chat template does not compile: {error.msg}") from error
     return template
 
 
@@ -179,7 +193,7 @@ class Field(NamedTuple):
 FIELDS = (
     Field("temperature", "be 0 or more", lambda value: value >= 0),
     Field("top_p", "be more than 0 and at most 1", lambda value: 0 < value <= 1),
-    Field("top_k", "be a whole number, 0 or more", lambda value: value >= 0 and isinstance(value, int)),
+    Field("top_k", "be a whole number, 0 or more (or -1: off)", lambda value: value >= -1 and value == int(value)),
     Field("min_p", "be from 0 to 1", lambda value: 0 <= value <= 1),
     Field("repetition_penalty", "be more than 0", lambda value: value > 0),
 )
@@ -192,6 +206,8 @@ def _sampling(path: Path) -> dict[str, Any]:
     for name, must, fits in FIELDS:
         if name in given and not (_is_number(given[name]) and fits(given[name])):
             raise ValueError(f"{path}: {name} must {must}, not {json.dumps(given[name])}")
+    if "top_k" in given:
+        given["top_k"] = max(0, int(given["top_k"]))
     return given | ({"temperature": 0.0} if generation.get("do_sample") is False else {})
 
 

@@ -51,12 +51,15 @@ WORKER = {
     "headgate_engine_time_to_first_token_seconds": "histogram",
     "headgate_tokens_per_step": "histogram",
     "headgate_preemptions": "counter",
+    "headgate_measured_bandwidth_bytes_per_second": "gauge",
+    "headgate_limit_bandwidth_bytes_per_second": "gauge",
     "headgate_utps_floor_violations": "counter",
 }
 CAUSES = {"weights", "kv", "compute", "comm", "phases", "host", "interference", "idle", "unexplained"}
 LABELS = {
     *("model", "worker", "tier", "le", "outcome", "cause", "decision", "reason", "finish"),
     *("version", "component"),
+    *("level", "dtype"),  # of memory; of products
 }
 
 

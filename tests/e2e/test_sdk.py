@@ -11,7 +11,9 @@ from typing import Any
 import openai
 import pytest
 
+from worker.files import DEMO, find_model
 from worker.simulated import SENTENCE
+from worker.tokenizer import read_tokenizer
 
 MESSAGES: Any = [{"role": "user", "content": "Document `textwrap.dedent`"}]
 
@@ -319,9 +321,30 @@ def test_no_answer_ends_before_its_min_tokens(demo: Any, demo_sdk: openai.OpenAI
 
     ended = until_stop(0)
     assert (token_ids(ended), ended.finish_reason) == (plain[: plain.index(stop) + 1], "stop")
-    assert "".join(ended.logprobs.tokens) == ended.text
+    assert "".join(ended.logprobs.tokens[:-1]) == ended.text
+    assert ended.logprobs.text_offset[-1] == len(ended.text)
     longer = until_stop(8)
     assert len(token_ids(longer)) >= 8 and stop not in token_ids(longer)[:8]
+
+
+def test_an_answer_that_ends_at_once_has_one_entry_behind_its_prompt(demo: Any, demo_sdk: openai.OpenAI) -> None:
+    """Who scores continuations adds up `token_logprobs[context:-1]` of such an answer: the last one is what was drawn."""
+    end = read_tokenizer(find_model(DEMO)).eos_ids[0]
+    asked: dict[str, Any] = {"model": demo.model, "temperature": 0, "max_tokens": 1, "logit_bias": {str(end): 100}}
+    answer = demo_sdk.completions.create(
+        prompt="def main():", echo=True, logprobs=1, extra_body={"return_token_ids": True}, **asked
+    )
+    choice, usage = answer.choices[0], answer.usage
+    assert usage is not None and (choice.finish_reason, usage.completion_tokens) == ("stop", 1)
+    assert token_ids(choice) == [end] and choice.text == "def main():"
+    logprobs = choice.logprobs
+    assert logprobs is not None and logprobs.tokens is not None and logprobs.text_offset is not None
+    assert len(logprobs.tokens) == usage.prompt_tokens + 1
+    assert "".join(logprobs.tokens[:-1]) == choice.text and logprobs.text_offset[-1] == len(choice.text)
+    chat = demo_sdk.chat.completions.create(messages=MESSAGES, logprobs=True, **asked).choices[0]
+    assert chat.logprobs is not None and chat.logprobs.content is not None
+    (entry,) = chat.logprobs.content
+    assert (entry.token, entry.bytes, chat.message.content) == (logprobs.tokens[-1], None, "")
 
 
 def test_penalties_keep_an_answer_from_going_round(demo: Any, demo_sdk: openai.OpenAI) -> None:

@@ -83,7 +83,7 @@ class EngineModel:
     def compute(self, plan: StepPlan) -> dict[int, list[int]]:
         assert len({entry.key for entry in plan.entries}) == len(plan.entries), "a sequence has two entries"
         drawn: dict[int, list[int]] = {}
-        for key, kind, position, query_tokens, delivers in plan.entries:
+        for key, kind, position, query_tokens, delivers, _ in plan.entries:
             held = self.sequences[key]
             assert query_tokens > 0 and position == held.computed, "a gap or an overlap in the positions"
             assert kind is Kind.PREFILL or query_tokens == 1

@@ -10,11 +10,11 @@ import pytest
 from gate_world import LLAMA, SMALL, World, expected_output, make_request, next_token, solo_utps
 
 from scheduler.admission import MIN_CHUNK
-from scheduler.batch import Kind
+from scheduler.batch import Kind, StepPlan
 from scheduler.gate import Limits
 from scheduler.hardware import CATALOGUE
-from scheduler.messages import Accept, Decision, Finish, Reason, Refuse, TokenEvent, Wait
-from scheduler.roofline import CAUSES
+from scheduler.messages import Accept, Decision, Finish, Reason, Refuse, StepReport, TokenEvent, Wait
+from scheduler.roofline import CAUSES, step_work
 from scheduler.tiers import Tier
 
 H100 = CATALOGUE["h100"]
@@ -377,6 +377,49 @@ def test_chunks_grow_with_the_need_but_never_beyond_the_floor() -> None:
         largest[world] = outcome.report.prefill_tokens
         assert outcome.report.measured_seconds <= 0.95 * gap
     assert largest[patient] < largest[pressed]
+
+
+def first_chunk(floor_utps: float, is_told: bool) -> tuple[StepPlan, StepReport]:
+    """Of a long prompt that comes to a laptop, alone or beside somebody with a floor."""
+    tiers = (Tier("default", 1, floor_utps, 0.3, 60.0), Tier("flex", 2, 0.0, 0.3, 60.0))
+    world = World(CATALOGUE["laptop-cpu"], SMALL, 20_000, Limits(4096), tiers)
+    if floor_utps:
+        world.arrive(make_request(1, 16, 300))
+        world.step()
+    logprobs = 3 if is_told else None
+    world.arrive(replace(make_request(2, 3000, 5, "flex"), logprobs=logprobs, prompt_logprobs=is_told))
+    plan = world.gate.plan(world.now)
+    drawn = {entry.key: [0] for entry in plan.entries if entry.delivers}
+    return plan, world.gate.observe(drawn, world.seconds(plan), 0.0, world.now).report
+
+
+@pytest.mark.parametrize("floor_utps", [0.0, 8.0])
+def test_a_chunk_of_a_prompt_that_is_told_is_smaller_because_each_of_its_tokens_needs_the_head(
+    floor_utps: float,
+) -> None:
+    (plain, plain_report), (told, told_report) = (first_chunk(floor_utps, is_told) for is_told in (False, True))
+    tokens = told.entries[-1].query_tokens
+    assert not plain.entries[-1].is_told and told.entries[-1].is_told
+    assert MIN_CHUNK < tokens < 0.9 * plain.entries[-1].query_tokens
+    assert told.predicted_seconds == pytest.approx(plain.predicted_seconds, rel=0.05), "both fill the same time"
+    decodes = len(told.entries) - 1
+    work = step_work(SMALL, told.entries)
+    assert work.outputs == decodes + tokens
+    flops = SMALL.matmul_flops(decodes + tokens, decodes + tokens) + work.attention_flops
+    assert told_report.flops == pytest.approx(flops, rel=1e-4)
+    assert told_report.sequences == plain_report.sequences == decodes, "no token of it is drawn yet"
+
+
+def test_a_preempted_request_is_told_of_its_prompt_only_while_it_has_no_token() -> None:
+    world = small_world()
+    request = replace(make_request(1, 40, 50), logprobs=0, prompt_logprobs=True)
+    world.arrive(request)
+    plan = world.gate.plan(world.now)
+    assert [entry.outputs for entry in plan.entries] == [40]
+    world.gate.observe({request.key: [7]}, 0.01, 0.0, 0.01)
+    world.gate._preempt(world.gate.running[request.key])
+    plan = world.gate.plan(world.now)
+    assert [(entry.query_tokens, entry.outputs) for entry in plan.entries] == [(41, 1)]
 
 
 def test_best_effort_takes_turns_in_what_the_promised_leave() -> None:

@@ -14,12 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.messages import (
+    LOGPROBS_PORTION,
     REASONS,
     VERSION,
     Accept,
     Finish,
     Frame,
     FrameReader,
+    Logprobs,
+    LogprobsFrame,
     Reason,
     Refuse,
     Request,
@@ -31,7 +34,9 @@ from scheduler.messages import (
     WorkerInfo,
     bytes_to_words,
     decode_decision,
+    decode_frame,
     encode_decision,
+    encode_events,
     encode_json_frame,
     encode_step,
     split_key,
@@ -257,3 +262,76 @@ def test_a_frame_without_its_columns_is_a_value_error(words_after_the_length: tu
     frame = b"".join(word.to_bytes(4, "little") for word in (len(words_after_the_length), *words_after_the_length))
     with pytest.raises(ValueError, match="frame"):
         FrameReader().feed(frame)
+
+
+# --- log probabilities
+
+cells = st.tuples(words, st.floats(-9999, 0, width=32))
+rows = st.lists(cells, min_size=1, max_size=5)
+told = st.lists(st.tuples(words, st.lists(rows, max_size=6)), max_size=5, unique_by=lambda pair: pair[0])
+
+
+def rows_in(frames: list[object]) -> dict[int, list[Logprobs]]:
+    """What LOGPROBS frames say, put together."""
+    told: dict[int, list[Logprobs]] = {}
+    for frame in frames:
+        assert isinstance(frame, LogprobsFrame)
+        for id, more in frame.rows():
+            told.setdefault(id, []).extend(more)
+    return told
+
+
+@given(told)
+def test_log_probabilities_come_back_in_front_of_their_step(told: list[tuple[int, list[Logprobs]]]) -> None:
+    events = [TokenEvent(7 << 32 | id, [1] * len(rows), logprobs=rows) for id, rows in told]
+    *before, step = FrameReader().feed(b"".join(encode_events(3, events)))
+    assert isinstance(step, StepFrame) and step.ids == [id for id, _ in told]
+    assert rows_in(before) == {id: rows for id, rows in told if rows}
+
+
+def test_no_log_probabilities_are_no_frame() -> None:
+    assert encode_events(3, [TokenEvent(1, [2])]) == [encode_step(3, [TokenEvent(1, [2])])]
+
+
+@pytest.mark.parametrize(("requests", "rows", "width"), [(1, 65536, 1), (1, 3121, 21), (700, 1, 21), (3, 5000, 6)])
+def test_many_log_probabilities_come_in_small_frames(requests: int, rows: int, width: int) -> None:
+    sent = {id: [[(id * 7 + place, -0.5)] * width for place in range(rows)] for id in range(requests)}
+    encoded = encode_events(1, [TokenEvent(7 << 32 | id, [], logprobs=rows) for id, rows in sent.items()])
+    assert max(map(len, encoded)) < 64 << 10
+    *frames, _ = FrameReader().feed(b"".join(encoded))
+    assert rows_in(frames) == sent
+    assert all(isinstance(frame, LogprobsFrame) and len(frame.tokens) <= LOGPROBS_PORTION + width for frame in frames)
+
+
+def test_a_probability_beyond_its_word_becomes_infinite() -> None:
+    event = TokenEvent(1, [2], logprobs=[[(2, -1e300), (3, -math.inf), (4, math.nan)]])
+    frame, _ = FrameReader().feed(b"".join(encode_events(1, [event])))
+    assert isinstance(frame, LogprobsFrame) and frame.logprobs[:2] == [-math.inf] * 2 and math.isnan(frame.logprobs[2])
+
+
+@given(st.binary(max_size=200) | st.lists(st.integers(0, 6) | words, max_size=40).map(words_to_bytes))
+def test_rubbish_instead_of_log_probabilities_is_a_value_error_or_fits_together(body: bytes) -> None:
+    try:
+        frame = decode_frame(words_to_bytes([Frame.LOGPROBS]) + body)
+    except ValueError:
+        return
+    assert isinstance(frame, LogprobsFrame)
+    told = list(frame.rows())
+    assert [len(rows) for _, rows in told] == frame.counts and all(row for _, rows in told for row in rows)
+    assert sum(len(row) for _, rows in told for row in rows) == len(frame.tokens) == len(frame.logprobs)
+
+
+@given(told, st.data())
+def test_a_damaged_frame_of_log_probabilities_is_a_value_error_or_fits_together(
+    told: list[tuple[int, list[Logprobs]]], data: st.DataObject
+) -> None:
+    frame = encode_events(3, [TokenEvent(id, [], logprobs=[*rows, [(1, -1.0)]]) for id, rows in [*told, (9, [])]])[0]
+    body = bytearray(frame[4:])
+    place = data.draw(st.integers(4, len(body) - 1))
+    body[place] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.sampled_from([len(body), place]))
+    try:
+        decoded = decode_frame(bytes(body[:cut]))
+    except ValueError:
+        return
+    assert isinstance(decoded, LogprobsFrame) and [len(rows) for _, rows in decoded.rows()] == decoded.counts

@@ -103,10 +103,10 @@ def test_no_step_is_predicted_faster_than_its_limit(device: str, shape: str, wor
 
 @given(works, st.integers(1, 500), st.integers(0, 4000))
 def test_a_chunk_never_makes_a_step_cheaper(work: StepWork, tokens: int, position: int) -> None:
-    more = work.plus_chunk(LLAMA, position, tokens, delivers=True)
+    more = work.plus_chunk(LLAMA, position, tokens, outputs=1)
     device = CATALOGUE["h100"]
     assert step_cost(device, LLAMA, more).seconds > step_cost(device, LLAMA, work).seconds
-    assert work.plus_chunk(LLAMA, position, 0, delivers=False) == work
+    assert work.plus_chunk(LLAMA, position, 0, outputs=0) == work
 
 
 def test_the_work_of_entries_is_the_sum_of_its_chunks() -> None:
@@ -116,6 +116,19 @@ def test_the_work_of_entries_is_the_sum_of_its_chunks() -> None:
     assert work.kv_read_bytes == 131072 * (100 + 96) and work.kv_write_bytes == 131072 * 33
     assert step_bytes(LLAMA, work)["kv_read"] == work.kv_read_bytes
     assert step_flops(LLAMA, work) == LLAMA.matmul_flops(33, 1) + work.attention_flops
+
+
+def test_every_row_of_a_prompt_that_is_told_goes_through_the_head() -> None:
+    plain, told = (Entry(2, Kind.PREFILL, 64, 32, False, is_told) for is_told in (False, True))
+    last = Entry(2, Kind.PREFILL, 96, 8, True, is_told=True)
+    assert [entry.outputs for entry in (plain, told, last, last._replace(is_told=False))] == [0, 32, 8, 1]
+    works = [step_work(LLAMA, [entry]) for entry in (plain, told)]
+    head_flops = 2 * 4096 * 128256
+    assert step_flops(LLAMA, works[1]) - step_flops(LLAMA, works[0]) == 32 * head_flops
+    device = CATALOGUE["laptop-cpu"]
+    costs = [step_cost(device, LLAMA, work).seconds for work in works]
+    limits = [limit_seconds(device, LLAMA, work) for work in works]
+    assert costs[1] > costs[0] and limits[1] > limits[0]
 
 
 def test_attention_operations_of_a_prompt_do_not_depend_on_how_it_is_cut() -> None:

@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import pytest
 
-from scheduler.messages import Accept, Finish, Request, StepFrame, encode_decision
-from service.client import WorkerClient, has_failure, merge
+from scheduler.messages import (
+    Accept,
+    Finish,
+    Frame,
+    LogprobsFrame,
+    Request,
+    StepFrame,
+    TokenEvent,
+    encode_decision,
+    encode_events,
+    encode_step,
+)
+from service.client import (
+    FRAME_LIMIT_BYTES,
+    LOGPROBS_FRAMES_AT_ONCE,
+    StepStream,
+    WorkerClient,
+    first_turn,
+    has_failure,
+    merge,
+)
 
 
 class Ear:
@@ -17,6 +37,10 @@ class Ear:
         self.withdrawn = False
         self.last_at = 0.0
         self.heard = []
+        self.rows = []
+
+    def take_logprobs(self, rows):
+        self.rows += rows
 
     def take(self, ids, finish, now):
         self.last_at = now
@@ -30,6 +54,13 @@ class Deaf(Ear):
         super().take(ids, finish, now)
         if finish < Finish.REFUSED:
             raise RuntimeError("bug")
+
+
+class DeafToRows(Ear):
+    """A receiver that finds fault with what it is told."""
+
+    def take_logprobs(self, rows):
+        raise ValueError("not mine")
 
 
 async def nothing(worker):
@@ -132,3 +163,167 @@ def test_a_read_with_a_failure_keeps_everybodys_tokens_in_order():
     assert fresh.heard == [([10], Finish.RUNNING), ([11], Finish.RUNNING)]
     assert running.heard == [([20], Finish.RUNNING), ([21], Finish.LENGTH)]
     assert failing.heard == [([0, 1000], Finish.ERROR)]
+
+
+# --- log probabilities
+
+
+def rows_frame(**rows_of):
+    """By id (`_1`), the tokens of one-cell rows."""
+    ids = [int(name[1:]) for name in rows_of]
+    tokens = [token for row in rows_of.values() for token in row]
+    counts = [len(row) for row in rows_of.values()]
+    return LogprobsFrame(ids, counts, [1] * len(tokens), tokens, [-0.5] * len(tokens))
+
+
+def test_rows_of_an_unknown_or_finished_request_are_passed_over():
+    async def deliver():
+        client = make_client()
+        ear, done = Ear(), Ear()
+        client._open = {1: ear, 2: done}
+        client.deliver([StepFrame(1, [2], [1 | Finish.LENGTH << 16], [20])])
+        client.deliver([rows_frame(_9=[90, 91], _2=[21], _1=[10]), StepFrame(2, [1], [1], [10])])
+        return ear, done
+
+    ear, done = asyncio.run(deliver())
+    assert ear.rows == [[(10, -0.5)]] and ear.heard == [([10], Finish.RUNNING)]
+    assert done.rows == []
+
+
+def test_a_receiver_that_finds_fault_with_its_rows_ends_alone(caplog):
+    async def deliver():
+        client = make_client()
+        deaf, ear = DeafToRows(), Ear()
+        client._open = {1: deaf, 2: ear}
+        client.deliver([rows_frame(_1=[10], _2=[20]), StepFrame(1, [1, 2], [1, 1], [10, 20])])
+        return client, deaf, ear
+
+    client, deaf, ear = asyncio.run(deliver())
+    assert [finish for _, finish in deaf.heard] == [Finish.ERROR]
+    assert ear.rows == [[(20, -0.5)]] and ear.heard == [([20], Finish.RUNNING)]
+    assert client._open.keys() == {2}
+    assert "request 1 failed" in caplog.text
+
+
+def test_rows_beside_a_step_that_holds_a_failure_reach_their_tokens():
+    async def deliver():
+        client = make_client()
+        ear, failing = Ear(), Ear()
+        client._open = {1: ear, 2: failing}
+        client.deliver(
+            [
+                rows_frame(_1=[10], _2=[20]),
+                StepFrame(1, [1, 2], [1, 1], [10, 20]),
+                rows_frame(_1=[11]),
+                StepFrame(2, [1, 2], [1, 2 | Finish.ERROR << 16], [11, 0, 1000]),
+            ]
+        )
+        return ear, failing
+
+    ear, failing = asyncio.run(deliver())
+    assert ear.rows == [[(10, -0.5)], [(11, -0.5)]]
+    assert ear.heard == [([10], Finish.RUNNING), ([11], Finish.RUNNING)]
+    assert failing.rows == [[(20, -0.5)]] and failing.heard[-1] == ([0, 1000], Finish.ERROR)
+
+
+def test_so_many_log_probabilities_are_dealt_at_once_and_no_more():
+    step, rows = StepFrame(1, [], [], []), rows_frame(_1=[1])
+    most = [rows] * LOGPROBS_FRAMES_AT_ONCE
+    assert first_turn([step] * 50) == ([step] * 50, [])
+    assert first_turn([*most, step, step]) == ([*most, step, step], [])
+    assert first_turn([step, *most, step, rows, step]) == ([step, *most, step], [rows, step])
+
+
+class Pipe:
+    """A transport that may be paused, and remembers."""
+
+    def __init__(self):
+        self.is_paused = self.is_closed = False
+        self.pauses = 0
+
+    def write(self, data):
+        pass
+
+    def pause_reading(self):
+        assert not self.is_paused
+        self.is_paused = True
+        self.pauses += 1
+
+    def resume_reading(self):
+        assert self.is_paused
+        self.is_paused = False
+
+    def is_closing(self):
+        return self.is_closed
+
+    def abort(self):
+        self.is_closed = True
+
+
+def scored_prompt(probabilities, width):
+    """The frames of a step with the scores of one prompt."""
+    rows = [[(id, -0.5)] * width for id in range(probabilities // width)]
+    return encode_events(1, [TokenEvent(7 << 32 | 1, [5], Finish.LENGTH, logprobs=rows)])
+
+
+@pytest.mark.parametrize("width", [1, 6, 21])
+def test_others_have_their_turn_while_a_long_prompt_is_scored(width):
+    """What comes in one read is dealt in order, a part in each turn of the loop; nothing is read meanwhile."""
+
+    async def read():
+        turns, pipe = [], Pipe()
+        stream = StepStream(b"", turns.append)
+        stream.connection_made(pipe)
+        frames = [*scored_prompt(65536, width), encode_step(2, [])]
+        assert max(map(len, frames)) < FRAME_LIMIT_BYTES / 100
+        stream.data_received(b"HTTP/1.1 200 OK\r\n\r\n" + b"".join(frames))
+        assert len(turns) == 1 and pipe.is_paused
+        for _ in frames:
+            await asyncio.sleep(0)
+        return turns, pipe, len(frames)
+
+    turns, pipe, count = asyncio.run(read())
+    assert [len(turn) for turn in turns[:-1]] == [LOGPROBS_FRAMES_AT_ONCE] * (len(turns) - 1)
+    assert sum(map(len, turns)) == count and not pipe.is_paused and pipe.pauses == len(turns) - 1
+    told = [frame for turn in turns for frame in turn]
+    assert [len(frame.widths) for frame in told[:-2]] and isinstance(told[-2], StepFrame)
+    assert [token for frame in told[:-2] for token in frame.tokens[::width]] == list(range(65536 // width))
+    assert max(sum(frame.widths) for frame in told[:-2]) <= 4096 + width
+
+
+def test_a_stream_that_ends_while_it_is_paused_deals_no_more():
+    async def read():
+        turns, pipe = [], Pipe()
+        stream = StepStream(b"", turns.append)
+        stream.connection_made(pipe)
+        stream.data_received(b"HTTP/1.1 200 OK\r\n\r\n" + b"".join(scored_prompt(65536, 21)))
+        stream.close()
+        for _ in range(50):
+            await asyncio.sleep(0)
+        return turns
+
+    assert len(asyncio.run(read())) == 1
+
+
+def test_rows_that_do_not_fit_together_end_the_stream(caplog):
+    async def read():
+        pipe = Pipe()
+        stream = StepStream(b"", [].append)
+        stream.connection_made(pipe)
+        words = [3, Frame.LOGPROBS, 7, 1]
+        stream.data_received(b"HTTP/1.1 200 OK\r\n\r\n" + b"".join(word.to_bytes(4, "little") for word in words))
+        return pipe.is_closed
+
+    assert asyncio.run(read()) and "what is not a frame" in caplog.text
+
+
+def test_a_fault_is_forgotten_with_the_worker_that_had_it(tmp_path):
+    async def follow():
+        client = WorkerClient(str(tmp_path / "nobody"), 7, nothing, connections=1, submit_seconds=1.0)
+        client.fault = "its template cannot be compiled"
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.01):  # it asks at once, and then goes on for ever
+                await client.run()
+        assert not client.fault
+
+    asyncio.run(follow())

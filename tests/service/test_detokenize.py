@@ -24,6 +24,7 @@ from service.detokenize import (
     escape,
     is_byte_level,
     longest_token,
+    parts_of,
 )
 from service.text import Text
 
@@ -161,7 +162,7 @@ def spaced():
 
 def test_leading_space_is_as_in_the_whole_text(spaced):
     """39: streamed like decoded at once, special tokens not leaked."""
-    assert not is_byte_level(spaced)
+    assert not is_byte_level(parts_of(spaced))
     names = ["<s>", "▁hello", "▁wor", "ld", "▁", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>", "▁hello", "!", "</s>"]
     ids = [spaced.token_to_id(name) for name in names]
     whole = spaced.decode(ids, skip_special_tokens=True)
@@ -181,11 +182,11 @@ def test_endless_garbage_does_not_pile_up(spaced):
 
 
 def test_byte_level_is_recognised(tokenizer):
-    assert is_byte_level(tokenizer)
+    assert is_byte_level(parts_of(tokenizer))
 
 
 def test_longest_token_is_known_for_byte_level(tokenizer):
-    assert longest_token(tokenizer) == max(map(len, tokenizer.get_vocab()))
+    assert longest_token(parts_of(tokenizer)) == max(map(len, tokenizer.get_vocab()))
 
 
 def sweeping():
@@ -207,7 +208,7 @@ def words():
 
 @pytest.mark.parametrize("build", [sweeping, shortening, words])
 def test_longest_token_is_unknown_where_text_may_vanish(build):
-    assert longest_token(build()) is None
+    assert longest_token(parts_of(build())) is None
 
 
 @pytest.mark.parametrize("character", ["a\u0323\u0302", "\u1112\u1161\u11ab", "\u03b1\u0313\u0300\u0345", "x"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import httpx
 import openai
@@ -366,3 +367,19 @@ def test_openapi_describes_the_routes(gateway):
     schema = paths[CHAT]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert {"model", "messages", "max_completion_tokens"} <= schema["properties"].keys()
     assert "$ref" not in json.dumps(schema)
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_openapi_says_what_is_taken(gateway, path):
+    paths = gateway.http.get("/openapi.json").json()["paths"]
+    fields = paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    assert (fields["n"]["minimum"], fields["n"]["maximum"], fields["n"]["default"]) == (1, 128, 1)
+    assert (fields["presence_penalty"]["minimum"], fields["presence_penalty"]["maximum"]) == (-2, 2)
+    assert fields["min_tokens"]["minimum"] == 0
+    assert [kind["type"] for kind in fields["stop"]["anyOf"]] == ["string", "array"]
+    assert fields["logit_bias"]["type"] == "object" and "default" not in fields["logit_bias"]
+    assert not {"ge", "le", "gt", "lt"} & set(re.findall(r'"(\w+)":', json.dumps(fields)))
+    if path != CHAT:
+        text, texts, ids, several = fields["prompt"]["anyOf"]
+        assert (text, texts["items"]) == ({"type": "string"}, {"type": "string"})
+        assert ids["items"]["type"] == "integer" and several["items"]["items"] == ids["items"]

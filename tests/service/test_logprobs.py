@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import random
+import socket
+from types import SimpleNamespace
 
 import orjson
 import pytest
+from gateway_under_test import raw_post
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from scripted_worker import row_of
 
 from scheduler.messages import Finish, TokenEvent, encode_events
+from service.config import GatewayConfig
+from service.metrics import Metrics
+from service.stream import PART_BYTES, LoggedCollection, in_parts
+from service.text import Text
+from service.token_log import ChatLog
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -66,7 +74,8 @@ def test_chat_streams_the_entries_that_it_tells_at_once(gateway, ids, seed, stop
     assert "".join(texts) == choice["message"]["content"]
     assert [entry for part in entries for entry in part["content"]] == content
     text = choice["message"]["content"].encode()
-    assert b"".join(bytes(entry["bytes"]) for entry in content).startswith(text)
+    assert b"".join(bytes(entry["bytes"] or ()) for entry in content).startswith(text)
+    assert (content[-1]["token"] == "<|im_end|>") == (stop is None)
     for entry, token in zip(content, tokens, strict=False):
         _, *likeliest = row_of(token, 3)
         assert entry["logprob"] == row_of(token, 3)[0][1]
@@ -90,9 +99,16 @@ def test_completions_stream_the_columns_that_they_tell_at_once(gateway, ids, see
     names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
     assert columns.keys() == set(names)
     assert len({len(columns[name]) for name in names}) == 1
-    assert len(columns["tokens"]) == len(tokens) + echo * len(ids.of(asked["prompt"]))
-    for token, begin in zip(columns["tokens"], columns["text_offset"], strict=True):
-        assert "\ufffd" in token or choice["text"][begin : begin + len(token)] == token
+    assert len(columns["tokens"]) == len(tokens) + 1 + echo * len(ids.of(asked["prompt"]))
+    check_offsets(columns, choice["text"])
+
+
+def check_offsets(columns, text):
+    """Tokens are where they are said to be; the one that ended the answer is behind all text."""
+    ends = columns["tokens"][-1] == "<|im_end|>"
+    assert not ends or columns["text_offset"][-1] == len(text)
+    for token, begin in list(zip(columns["tokens"], columns["text_offset"], strict=True))[: -1 if ends else None]:
+        assert "\ufffd" in token or text[begin : begin + len(token)] == token
 
 
 def test_sdk_reads_log_probabilities(gateway, ids):
@@ -108,10 +124,10 @@ def test_sdk_reads_log_probabilities(gateway, ids):
             if choice.logprobs is not None:
                 streams[choice.index] += choice.logprobs.content
     assert streams == told
-    assert "".join(entry.token for entry in told[1]) == "hello world"
+    assert "".join(entry.token for entry in told[1]) == "hello world<|im_end|>"
     assert all(len(entry.top_logprobs) == 3 and entry.logprob <= 0 for entry in told[0])
     legacy = gateway.sdk.completions.create(model="acme/tiny-chat", prompt="x", logprobs=2)
-    assert "".join(legacy.choices[0].logprobs.tokens) == "hello world"
+    assert "".join(legacy.choices[0].logprobs.tokens) == "hello world<|im_end|>"
 
 
 def test_zero_alternatives_are_an_empty_list(gateway, ids):
@@ -198,13 +214,52 @@ def test_entries_keep_to_their_tokens_when_first_tokens_come_first(gateway, ids,
 # --- what ends an answer
 
 
-def test_the_id_that_ends_a_sequence_has_no_entry(gateway, ids):
-    """13: it is counted; it is no text."""
-    gateway.worker.script = ids.answer("hello")
-    answer = gateway.post(logprobs=True, return_token_ids=True).json()
+@pytest.mark.parametrize("in_one_delivery", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_id_that_ends_a_sequence_has_an_entry(gateway, ids, stream, in_one_delivery):
+    """13: it is counted; it is no text. Entries, ids and count are of the same tokens."""
+    gateway.worker.script = [[*ids.of("hello"), ids.end]] if in_one_delivery else ids.answer("hello")
+    asked = {"logprobs": True, "return_token_ids": True}
+    if stream:
+        *chunks, usage = gateway.chunks(stream_options={"include_usage": True}, **asked)
+        choices, answer = [chunk["choices"][0] for chunk in chunks[:-1]], usage
+        assert chunks[-1]["choices"][0] == {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}
+    else:
+        answer = gateway.post(**asked).json()
+        choices = answer["choices"]
+    entries = [entry for choice in choices for entry in choice["logprobs"]["content"]]
+    assert [entry["token"] for entry in entries][-1] == "<|im_end|>" and entries[-1]["bytes"] is None
+    assert "".join(entry["token"] for entry in entries[:-1]) == "hello"
+    assert entries[-1]["logprob"] == row_of(ids.end, 0)[0][1]
+    assert [id for choice in choices for id in choice["token_ids"]] == [*ids.of("hello"), ids.end]
+    assert answer["usage"]["completion_tokens"] == len(entries)
+
+
+def test_an_answer_that_ends_at_once_has_one_entry(gateway, ids):
+    """Who scores a continuation asks for one token, echo and log probabilities, and takes the last entry off."""
+    gateway.worker.script = [[ids.end]]
+    choice = gateway.post(TEXT, prompt="hello", echo=True, logprobs=1, max_tokens=1).json()["choices"][0]
+    columns = choice["logprobs"]
+    assert (choice["text"], choice["finish_reason"]) == ("hello", "stop")
+    assert "".join(columns["tokens"][:-1]) == "hello"
+    assert (columns["tokens"][-1], columns["text_offset"][-1]) == ("<|im_end|>", 5)
+    assert columns["top_logprobs"][-1]["<|im_end|>"] == columns["token_logprobs"][-1] == row_of(ids.end, 0)[0][1]
+
+
+def test_stop_id_that_is_a_word_has_an_entry_behind_the_text(gateway, ids):
+    (word,) = ids.of("x")
+    gateway.worker.script = [*ids.one_by_one("ab"), [word]]
+    choice = gateway.post(TEXT, logprobs=0, stop_token_ids=[word]).json()["choices"][0]
+    assert choice["text"] == "ab"
+    assert (choice["logprobs"]["tokens"][-1], choice["logprobs"]["text_offset"][-1]) == ("x", 2)
+
+
+def test_the_end_behind_a_stop_string_is_not_listed(gateway, ids):
+    gateway.worker.script = [[*ids.of("one STOP"), ids.end]]
+    answer = gateway.post(stop="STOP", logprobs=True, return_token_ids=True).json()
     (choice,) = answer["choices"]
-    assert "".join(entry["token"] for entry in choice["logprobs"]["content"]) == "hello"
-    assert choice["token_ids"] == [*ids.of("hello"), ids.end]
+    assert "".join(entry["token"] for entry in choice["logprobs"]["content"]).strip() == "one"
+    assert choice["token_ids"] == ids.of("one STOP")
     assert answer["usage"]["completion_tokens"] == len(choice["token_ids"])
 
 
@@ -279,14 +334,13 @@ def test_prompt_is_scored(gateway, ids, stream, as_ids, max_tokens):
     assert request.max_tokens == max(1, max_tokens)
     assert choices[-1]["finish_reason"] == ("stop" if max_tokens else "length")
     generated = "!?" if max_tokens else ""
-    tokens = [*ids.of(text), *ids.of(generated)]
+    tokens = [*ids.of(text), *(id for (id,) in (ids.answer(generated) if max_tokens else ()))]
     assert shown == text + generated
     assert answer["usage"]["completion_tokens"] == (len(ids.of(generated)) + 1 if max_tokens else 0)
     assert columns["token_logprobs"] == [None, *(row_of(token, 0)[0][1] for token in tokens[1:])]
     assert columns["top_logprobs"][0] is None and all(columns["top_logprobs"][1:])
     assert len(columns["tokens"]) == len(tokens)
-    for token, begin in zip(columns["tokens"], columns["text_offset"], strict=True):
-        assert "\ufffd" in token or shown[begin : begin + len(token)] == token
+    check_offsets(columns, shown)
 
 
 def test_prompt_of_one_token_is_scored(gateway, ids):
@@ -326,6 +380,54 @@ def test_too_many_scores_are_refused_with_the_arithmetic(gateway):
     error = gateway.post(TEXT, **asked).json()["error"]
     assert error["param"] == "logprobs" and "84000" in error["message"]
     assert gateway.post(TEXT, **{**asked, "echo": False}).status_code == 200
+
+
+def test_what_one_request_may_be_told_is_bounded(gateways):
+    gateway = gateways(info={"context_tokens": 40_000, "max_prompt_tokens": 40_000})
+    assert gateway.post(max_tokens=32_768, logprobs=True, top_logprobs=5).status_code == 200
+    assert gateway.post(max_tokens=400, n=29, logprobs=True, top_logprobs=20).status_code == 200
+    for path, asked, number in [
+        (CHAT, {"max_tokens": 400, "n": 32, "logprobs": True, "top_logprobs": 20}, 268_800),
+        (CHAT, {"max_completion_tokens": 32_768, "logprobs": True, "top_logprobs": 8}, 294_912),
+        (TEXT, {"prompt": ["a"] * 20, "n": 2, "max_tokens": 2000, "logprobs": 3}, 320_000),
+    ]:
+        response = gateway.post(path, **asked)
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) == (400, "logprobs")
+        assert f"up to {number} log probabilities" in error["message"]
+
+
+def test_a_chat_that_names_no_limit_ends_where_its_log_probabilities_do(gateways):
+    gateway = gateways(info={"context_tokens": 40_000, "max_prompt_tokens": 40_000})
+    for asked, most in [({"top_logprobs": 20}, (1 << 18) // 21), ({"top_logprobs": 20, "n": 2}, (1 << 18) // 42)]:
+        assert gateway.post(logprobs=True, **asked).status_code == 200
+        assert [gateway.worker.next_request().max_tokens for _ in range(asked.get("n", 1))] == [most] * asked.get(
+            "n", 1
+        )
+    assert gateway.post(logprobs=True).status_code == 200
+    assert gateway.worker.next_request().max_tokens > 39_000
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_probabilities_of_other_tokens_are_a_failure_of_the_worker(gateway, ids, stream):
+    """As they would be when a step got lost behind its log probabilities."""
+    gateway.worker.script = ids.answer("hello")
+    gateway.worker.row_of = lambda token, count: row_of(token + 1, count)
+    response = gateway.post(logprobs=True, stream=stream)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "worker_failed")
+    response = gateway.post(TEXT, prompt="hello", echo=True, logprobs=1, stream=stream)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "worker_failed")
+
+
+def test_scores_of_a_long_prompt_are_whole_though_they_come_in_many_frames(gateways, ids):
+    gateway = gateways(info={"context_tokens": 5000, "max_prompt_tokens": 5000})
+    gateway.worker.script = [[5]]
+    prompt = [70 + place % 50 for place in range(2500)]
+    asked = {"prompt": prompt, "echo": True, "logprobs": 20, "max_tokens": 0}
+    columns = gateway.post(TEXT, **asked).json()["choices"][0]["logprobs"]
+    assert columns["token_logprobs"] == [None, *(row_of(token, 0)[0][1] for token in prompt[1:])]
+    (streamed_columns, *_) = streamed(gateway, TEXT, **asked)[1]
+    assert streamed_columns == columns
 
 
 def test_long_scored_prompt_is_no_reason_to_call_its_reader_slow(gateways, ids):
@@ -394,4 +496,83 @@ def test_log_probabilities_of_a_first_chunk_without_text(gateway, ids):
         assert choice["logprobs"] == {"content": [], "refusal": None}
         gateway.worker.emit(request, [*second, ids.end], Finish.STOP)
         choice = orjson.loads(next(events))["choices"][0]
-        assert [entry["bytes"] for entry in choice["logprobs"]["content"]] == [[0xC3], [0xA9]]
+        assert [entry["bytes"] for entry in choice["logprobs"]["content"]] == [[0xC3], [0xA9], None]
+
+
+# --- nobody waits for it
+
+
+class CountedLog(ChatLog):
+    """Remembers how many tokens it wrote down at a time."""
+
+    def _columns_of(self, rows, starts):
+        self.counts.append(len(rows))
+        return super()._columns_of(rows, starts)
+
+
+def test_an_answer_in_one_piece_is_written_down_as_it_comes(worker_info, ids):
+    """Not all at its end, where a long one would stop the loop: then there is nothing left to write."""
+    text = Text(worker_info)
+    logs = [CountedLog(text.names, True, True) for _ in range(2)]
+    for log in logs:
+        log.counts = []
+    order = SimpleNamespace(
+        requests=[SimpleNamespace(id=1), SimpleNamespace(id=2)],
+        prompt_tokens=2,
+        renderings=[text.traced_rendering((), 0), text.traced_rendering(("STOP",), 0)],
+        logs=logs,
+        echoes=[b"", b""],
+        shape=None,
+    )
+    visit = SimpleNamespace(model="m", tier="t", arrived_at=0.0)
+    client = SimpleNamespace(withdraw=lambda id: None)
+    answer = LoggedCollection(visit, client, order, GatewayConfig("/nowhere"), Metrics("0"))
+    deliveries = [ids.of("the quick ")] * 100
+    for choice in answer.choices:
+        for number, delivery in enumerate(deliveries, 1):
+            choice.take_logprobs([row_of(id, 20) for id in delivery])
+            choice.take(delivery, Finish.LENGTH if number == len(deliveries) else Finish.RUNNING, 1.0)
+    assert answer.ended
+    for choice, log in zip(answer.choices, logs, strict=True):
+        assert sum(log.counts) == sum(map(len, deliveries))
+        assert max(log.counts) <= 2 * len(deliveries[0])  # what may become a stop string waits for the next delivery
+        before = len(log.counts)
+        told = orjson.loads(b"{%b}" % b"".join(choice.told()))
+        assert len(told["logprobs"]["content"]) == len(told["token_ids"]) == sum(log.counts)
+        assert len(log.counts) == before
+
+
+@pytest.mark.parametrize("sizes", [[], [0], [3, 4], [PART_BYTES], [PART_BYTES - 1, 2], [3 * PART_BYTES + 5, 0, 1]])
+def test_a_long_answer_leaves_in_parts(sizes):
+    pieces = [bytes([number]) * size for number, size in enumerate(sizes)]
+    parts = list(in_parts(pieces))
+    assert b"".join(parts) == b"".join(pieces)
+    assert all(PART_BYTES <= len(part) < 2 * PART_BYTES for part in parts[:-1]) and len(parts[-1]) < PART_BYTES
+
+
+def test_a_long_answer_is_whole(gateway, ids):
+    gateway.worker.script = [ids.of("hello ") * 10] * 30
+    gateway.worker.finish = Finish.LENGTH
+    response = gateway.post(logprobs=True, top_logprobs=20, n=2)
+    assert len(response.content) > 4 * PART_BYTES
+    for choice in response.json()["choices"]:
+        assert "".join(entry["token"] for entry in choice["logprobs"]["content"]) == choice["message"]["content"]
+
+
+def test_reader_of_a_long_answer_that_takes_nothing_is_cut_off(gateways, ids):
+    gateway = gateways(reader_seconds=0.2)
+    gateway.worker.script = [ids.of("hello ") * 10] * 100
+    with gateway.connect() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        body = {
+            "model": "acme/tiny-chat",
+            "messages": HELLO,
+            "logprobs": True,
+            "top_logprobs": 20,
+            "n": 4,
+            "max_tokens": 2000,
+        }
+        sock.sendall(raw_post(CHAT, body))
+        gateway.wait_until(lambda: gateway.outcome("slow_reader") == 1)
+    gateway.worker.script = ids.answer("hello")
+    assert gateway.post(logprobs=True).status_code == 200

@@ -98,3 +98,21 @@ def test_ids_beyond_the_vocabulary_are_named(gateway, field, value):
     error = gateway.post(**{field: value}).json()["error"]
     assert error["param"] == field
     assert error["message"].startswith(f"'{field}' holds 1048576, which is no token id: they are 0 to ")
+
+
+def test_ids_that_only_the_tokenizer_knows_are_refused(gateways, ids):
+    """A model may have been given fewer tokens than its tokenizer has, or more (then nobody could name them)."""
+    gateway = gateways(info={"vocabulary": ids.end})
+    for path, fields, name in [
+        (CHAT, {"logit_bias": {str(ids.end): 1}}, "logit_bias"),
+        (CHAT, {"stop_token_ids": [ids.end]}, "stop_token_ids"),
+        (TEXT, {"prompt": [ids.end]}, "prompt"),
+        (TEXT, {"prompt": "a<|im_end|>"}, "prompt"),
+        (CHAT, {}, "messages"),  # the template writes it
+    ]:
+        response = gateway.post(path, **fields)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, name)
+    assert gateway.post(TEXT, prompt=[ids.end - 1], logit_bias={str(ids.end - 1): 1}).status_code == 200
+    larger = gateways(info={"vocabulary": 10**6})
+    assert larger.post(logit_bias={"999999": 1}).json()["error"]["param"] == "logit_bias"
+    assert larger.post().status_code == 200

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import struct
 
 import orjson
 import pytest
@@ -12,12 +13,16 @@ from hypothesis import strategies as st
 from scripted_worker import row_of
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
-from service.detokenize import ByteTable, TableCharacters, TracedRendering, WindowCharacters, byte_alphabet
-from service.token_log import ChatLog, CompletionLog, Echoed, TokenNames
+from service.detokenize import ByteTable, TableCharacters, TracedRendering, WindowCharacters, byte_alphabet, parts_of
+from service.token_log import ChatLog, CompletionLog, Echoed, TokenNames, written
 
 TRICKY = 'aé한😀👩‍👩‍👧日本\u0301 \n"\\END\x00'
 texts = st.text(st.sampled_from(TRICKY), max_size=25)
 stops = st.lists(st.text(st.sampled_from("aé한END "), min_size=1, max_size=3), max_size=3)
+
+
+def names_of(tokenizer: Tokenizer, table: ByteTable | None = None) -> TokenNames:
+    return TokenNames(tokenizer, table, parts_of(tokenizer)["decoder"])
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +32,7 @@ def table(tokenizer):
 
 @pytest.fixture(scope="module")
 def names(tokenizer, table):
-    return TokenNames(tokenizer, table)
+    return names_of(tokenizer, table)
 
 
 def ids_of(tokenizer: Tokenizer, text: str, chance: random.Random) -> list[int]:
@@ -41,6 +46,10 @@ def ids_of(tokenizer: Tokenizer, text: str, chance: random.Random) -> list[int]:
         if chance.random() < 0.1:
             ids.append(tokenizer.token_to_id("<|eot|>"))
     return ids
+
+
+def read(fields: list[bytes]) -> dict:
+    return orjson.loads(b"{%b}" % b"".join(fields))
 
 
 class Reader:
@@ -67,7 +76,7 @@ class Reader:
     def keep(self, text: bytes, counted: int) -> None:
         self.texts.append(orjson.loads(b'"%b"' % text))
         told = self.log.tell(self.rendering.shown(), counted, self.rendering.starts)
-        self.told.append(orjson.loads(b"{%b}" % told))
+        self.told.append(read(told))
 
     @property
     def text(self) -> str:
@@ -181,8 +190,60 @@ def test_what_is_nearly_impossible_is_a_number(names):
         log = ChatLog(names, True, False)
         log.add_rows([[(70, logprob), (71, logprob)]])
         log.add([70])
-        (entry,) = orjson.loads(b"{%b}" % log.tell(1, 1, [0]))["logprobs"]["content"]
+        (entry,) = read(log.tell(1, 1, [0]))["logprobs"]["content"]
         assert (entry["logprob"], entry["top_logprobs"][0]["logprob"]) == (told, told)
+
+
+def test_of_tokens_with_the_same_text_the_first_is_kept(tokenizer, names):
+    """The chosen one, then the likeliest: parts of characters all look alike."""
+    letters = {byte: char for char, byte in byte_alphabet().items()}
+    chosen, likelier, third = (tokenizer.token_to_id(letters[byte]) for byte in (0xF0, 0x9F, 0x98))
+    (other,) = tokenizer.encode("a").ids
+    log = CompletionLog(names, True, False, [])
+    log.add_rows([[(chosen, -3.0), (likelier, -0.5), (other, -1.0), (third, -2.0)]])
+    log.add([chosen])
+    told = read(log.tell(1, 1, [0]))["logprobs"]
+    assert told["top_logprobs"] == [{"\ufffd": -3.0, "a": -1.0}] and told["token_logprobs"] == [-3.0]
+
+
+@pytest.mark.parametrize("make", [ChatLog, lambda *wants: CompletionLog(*wants, [])])
+@pytest.mark.parametrize("told", [[], [71], [70, 71][::-1], [71, 70]])
+def test_rows_of_other_tokens_are_noticed(names, make, told):
+    log = make(names, True, False)
+    log.add_rows([row_of(id, 1) for id in told])
+    with pytest.raises(ValueError, match="log probabilities"):
+        log.add([70])
+
+
+def test_rows_may_come_before_their_tokens(names):
+    """Steps that come together are dealt after all their rows."""
+    log = ChatLog(names, True, False)
+    log.add_rows([row_of(70, 1), row_of(71, 1)])
+    log.add([70])
+    assert len(read(log.tell(1, 1, [0]))["logprobs"]["content"]) == 1
+    log.add([71])
+    with pytest.raises(ValueError, match="log probabilities"):
+        log.add([72])
+
+
+@pytest.mark.parametrize("rows", [[71], [71, 73], [72, 71]])
+def test_scores_that_are_missing_or_of_other_tokens_are_noticed(names, rows):
+    prompt = [70, 71, 72]
+    log = CompletionLog(names, True, False, prompt, Echoed(prompt, [0, 1, 2], 3), only_prompt=True)
+    with pytest.raises(ValueError, match="rows"):
+        log.add_rows([row_of(id, 1) for id in rows])
+        log.add([])
+
+
+def test_names_are_written_once_but_not_those_of_unknown_ids(names):
+    assert names.quoted[70] is names.quoted[70] and names.entries[70] is names.entries[70]
+    assert names.quoted[10**6] == b'"token_id:1000000"' and 10**6 not in names.quoted
+
+
+def test_numbers_have_six_places(names):
+    """They came as 32-bit floats: what is behind is noise."""
+    (number,) = struct.unpack("f", struct.pack("f", -1.234567))
+    assert written([number, -0.5, -1e-7, -12.25]) == [b"-1.234567", b"-0.5", b"0.0", b"-12.25"]
 
 
 def test_special_and_unknown_tokens_have_a_name_and_no_bytes(tokenizer, names):
@@ -199,7 +260,7 @@ def test_names_of_a_sentencepiece_tokenizer():
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokenizer.add_special_tokens([AddedToken("<s>", special=True)])
-    names = TokenNames(tokenizer, None)
+    names = names_of(tokenizer)
     for piece, expected in [
         ("▁hello", (" hello", b" hello")),
         ("ld", ("ld", b"ld")),
@@ -221,4 +282,4 @@ def test_names_of_a_sentencepiece_tokenizer():
 def test_names_of_word_pieces():
     tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "hel": 1, "##lo": 2}, unk_token="[UNK]"))
     tokenizer.decoder = decoders.WordPiece()
-    assert TokenNames(tokenizer, None).of(1) == ("hel", b"hel")
+    assert names_of(tokenizer).of(1) == ("hel", b"hel")

@@ -97,6 +97,7 @@ class Running:
         self.front.settimeout(PATIENCE_SECONDS)
         self.core = Core(EngineLink(self.end), built)
         self.gate = self.core.gate
+        threading.Thread(target=self.core.stepper.run, daemon=True).start()
         self.thread = threading.Thread(target=self._run)
         self.messages: list[tuple[int, bytes]] = []  # everything that was read, in order
         self._rest = b""

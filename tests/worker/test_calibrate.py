@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from scheduler.batch import Entry, Kind, StepPlan
 from scheduler.calibration import CostModel, Timing, fit_device
 from scheduler.gate import Limits
 from scheduler.hardware import CATALOGUE, Device, MemoryLevel
 from scheduler.model import SHAPES
-from scheduler.roofline import NO_WORK, StepWork, step_cost, step_work
-from worker.calibrate import GREEDY, SECONDS, Sweep
+from scheduler.roofline import NO_WORK, StepWork, decode_work, step_cost, step_work
+from worker.calibrate import GREEDY, LEAST_CACHE_TOKENS, LEAST_CONTEXT_TOKENS, SECONDS, Sweep
 from worker.engine import StepResult
+from worker.native import machine
 from worker.simulated import SimulatedEngine
 
 SHAPE = SHAPES["llama-3.2-1b"]
@@ -140,6 +144,56 @@ def test_the_sweep_stays_within_memory_and_context() -> None:
     engine, timings, _ = swept(CATALOGUE["h100"], Limits(context_tokens=128), capacity)
     assert timings and engine.most_tokens <= capacity
     assert max(timing.work.query_tokens for timing in timings) <= 128
+
+
+@pytest.mark.parametrize("context", [LEAST_CONTEXT_TOKENS, 64])
+def test_the_least_context_and_cache_are_enough_for_a_case_and_less_are_not(context: int) -> None:
+    _, timings, _ = swept(SLOW_CORES, Limits(context), LEAST_CACHE_TOKENS)
+    assert timings
+    cases = list(Sweep._cases())
+    for limits, capacity in ((LEAST_CONTEXT_TOKENS - 1, 1 << 20), (LEAST_CONTEXT_TOKENS, LEAST_CACHE_TOKENS - 16)):
+        clock = Clock()
+        narrow = Sweep(Watched(SLOW_CORES, clock), SHAPE, Limits(limits), capacity, GREEDY, clock)
+        assert not any(narrow._fits(case) for case in cases)
+
+
+def test_without_timings_the_device_stays_as_it_is() -> None:
+    assert fit_device(SLOW_CORES, SHAPE, []) is SLOW_CORES
+    model = CostModel(SLOW_CORES, SHAPE)
+    model.prime([])
+    assert model.margin == 0.05
+
+
+@pytest.mark.parametrize("device", [CATALOGUE["h100"], CATALOGUE["laptop-cpu"], SLOW_CORES], ids=lambda d: d.name)
+@pytest.mark.parametrize("call_seconds", [1e-6, 1e-3, 0.03])
+def test_all_that_is_measured_at_start_takes_less_than_ten_seconds_together(
+    device: Device, call_seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    engine = Watched(device, clock)
+    threads: list[int] = []
+
+    def round_seconds(call: Callable[[], object], calls: int, where: object) -> float:
+        """Of a probe, whose calls all take the same; of the engine's step, what it takes."""
+        began = clock()
+        if call == step:
+            step()
+        else:
+            clock.sleep(calls * call_seconds)
+        return clock() - began
+
+    def step() -> None:
+        clock.sleep(step_cost(device, SHAPE, decode_work(SHAPE, 8, SHAPE.kv_bytes(8))).seconds)
+
+    monkeypatch.setattr(machine, "time", SimpleNamespace(perf_counter=clock))
+    monkeypatch.setattr(machine, "_round_seconds", round_seconds)
+    monkeypatch.setattr(machine, "cpu_caches", lambda threads: {"L2": 1 << 20, "L3": 4 << 20})
+    monkeypatch.setattr(machine.torch, "set_num_threads", threads.append)
+    machine.measure_machine("cpu", "bfloat16", [torch.ones(256, 256)])
+    machine.choose_threads(step, (64, 32, 1))
+    Sweep(engine, SHAPE, LIMITS, 1 << 20, GREEDY, clock).run()
+    assert 1.0 < clock() < 10.0
+    assert threads
 
 
 def test_every_timing_has_a_spread_of_nothing_where_nothing_varies() -> None:

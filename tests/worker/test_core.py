@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import worker.app
 import worker.core
 from scheduler.batch import StepPlan
 from scheduler.messages import Accept, Finish, Reason, Refuse, Sampling, TokenEvent, Wait, decode_frame
@@ -320,8 +321,22 @@ def test_log_probabilities_leave_in_front_of_their_tokens_for_the_same_gateway()
     messages, rest = cut_answers(bytes(sent))
     assert [gateway for gateway, _ in messages] == [7, 7] and not rest
     logprobs, step = (decode_frame(frame[4:]) for _, frame in messages)
-    assert logprobs["rows"] == {"1": [[[10, -0.5]], [[11, -1.0]]]}
+    assert dict(logprobs.rows()) == {1: [[(10, -0.5)], [(11, -1.0)]]}
     assert (step.ids, step.tokens) == ([1, 2], [10, 11, 20])
+
+
+@pytest.mark.parametrize("width", [1, 6, 21])
+def test_scores_of_the_longest_prompt_drop_no_gateway(width: int) -> None:
+    """65,536 of them, what the API gives at most: several such steps fit into what a gateway may lag behind."""
+    sent = bytearray()
+    outbox = Outbox(SimpleNamespace(send=sent.extend), coalesce_seconds=0.0)  # type: ignore[arg-type]
+    outbox.add([event(1, 10)._replace(logprobs=[[(id, -0.5)] * width for id in range(65536 // width)])])
+    outbox.flush(1.0, 0.001)
+    assert len(sent) < worker.app.STREAM_LIMIT_BYTES / 8
+    messages, rest = cut_answers(bytes(sent))
+    assert {gateway for gateway, _ in messages} == {7} and not rest
+    *frames, step = (decode_frame(frame[4:]) for _, frame in messages)
+    assert sum(len(frame.widths) for frame in frames) == 65536 // width and step.tokens == [10]
 
 
 def test_log_probabilities_of_tokens_that_the_gate_cut_are_not_told() -> None:

@@ -3,6 +3,7 @@
 import json
 import random
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import jinja2
@@ -25,14 +26,12 @@ from worker.tokenizer import read_tokenizer
 
 MODEL = Path(worker.__file__).parent / "models" / "headgate-demo"
 DRAFT = MODEL.with_name("headgate-demo-draft")
-QUESTIONS = (
+QUESTIONS = (  # with short answers: those that repeat themselves flatter the draft
     "Hello",
     "Who are you?",
-    "Document `textwrap.dedent`",
     "What does shutil.copytree do?",
     "Document read_all(path, encoding=None)",
     "Complete this function:\ndef is_empty(self):",
-    "Write `Parser.parse(self, text)`",
     "What is asyncio.Queue.get?",
 )
 
@@ -55,6 +54,15 @@ def undocumented(values):
     total = sum(values)
     return total / len(values)
 '''
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Two that wait for each other on busy cores take thirty times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -226,8 +234,8 @@ def asked(tokenizer: Tokenizer, question: str) -> list[int]:
 def test_draft_often_says_what_the_demo_model_says(draft: Llama, demo: Llama, tokenizer: Tokenizer) -> None:
     agreed = [greedy_agreement(draft, demo, asked(tokenizer, question)) for question in QUESTIONS]
     accepted, verifications = np.sum([accepted_drafts(one) for one in agreed], axis=0)
-    assert np.concatenate(agreed).mean() > 0.5
-    assert accepted / verifications > 1.0
+    assert np.concatenate(agreed).mean() > 0.5  # 0.61; its card: 54.5 % for questions that training did not see
+    assert accepted / verifications > 0.9  # 1.15; its card: 1.00
 
 
 def test_engine_that_loads_the_draft_answers_in_its_words(draft: Llama, tokenizer: Tokenizer) -> None:

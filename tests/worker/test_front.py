@@ -58,6 +58,7 @@ class ThreadEngine(EngineProcess):
                 return
             try:
                 type(self).core = Core(link, self.built)
+                threading.Thread(target=self.core.stepper.run, daemon=True).start()
                 link.send(encode_answer(Answer.INFO, self.built.info.encode()))
                 self.core.run()
             except LinkClosed:

@@ -169,6 +169,7 @@ def test_a_model_is_downloaded_once_and_lies_in_the_cache_layout(hub: Hub, cache
 def test_only_what_serves_is_downloaded(hub: Hub, cache: Path) -> None:
     settings = (
         "tokenizer_config.json",
+        "special_tokens_map.json",
         "generation_config.json",
         "chat_template.jinja",
         "model.safetensors.index.json",
@@ -223,6 +224,16 @@ def test_a_cache_that_lacks_a_file_is_not_served(hub: Hub, cache: Path) -> None:
     (folder / "model.safetensors").unlink()
     told = find("acme/tiny", hub.url, cache, HF_HUB_OFFLINE="1")
     assert "does not hold all of it" in told["refused"]
+
+
+def test_a_cache_that_another_program_left_with_only_a_config_is_told_as_that(hub: Hub, cache: Path) -> None:
+    for path, content in (("refs/main", COMMIT), (f"snapshots/{COMMIT}/config.json", "{}")):
+        file = cache / "models--acme--tiny" / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+    told = find("acme/tiny", hub.url, cache, HF_HUB_OFFLINE="1")
+    assert list(told) == ["refused"]
+    assert "does not hold all of it" in told["refused"] and "try again with a connection" in told["refused"]
 
 
 def test_a_model_that_the_hub_does_not_know_is_told(hub: Hub, cache: Path) -> None:

@@ -27,17 +27,80 @@ def make_cache(num_blocks: int) -> PagedCache:
     return PagedCache(CONFIG, num_blocks * BLOCK_BYTES, torch.device("cpu"), torch.float32)
 
 
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 7), st.integers(-1, 19)), max_size=60))
-def test_blocks_have_one_owner_and_none_is_lost(moves: list[tuple[bool, int, int]]) -> None:
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 7), st.integers(-1, 20), st.integers(1, 30)), max_size=60))
+def test_blocks_have_one_owner_and_none_is_lost(moves: list[tuple[bool, int, int, int]]) -> None:
     allocator, owned = BlockAllocator(20), []
-    for takes, count, after in moves:
+    for takes, count, wish, most in moves:
         if takes and count <= allocator.free_blocks:
-            owned.append(allocator.allocate(count, after))
+            room = range(0)
+            if allocator.free_blocks and wish < 0:
+                room = allocator.find_room(count, most)
+                allocator.keep(room)
+            owned.append((allocator.allocate(count, room.start if room else wish), room))
+            assert not 0 < count <= len(room) or owned[-1][0] == list(room[:count])
         elif not takes and owned:
-            allocator.free(owned.pop(count % len(owned)))
-        held = [block for blocks in owned for block in blocks]
+            allocator.free(*owned.pop(count % len(owned)))
+        held = [block for blocks, _ in owned for block in blocks]
         assert len(held) == len(set(held)) == 20 - allocator.free_blocks
         assert set(held) <= set(range(20))
+    for blocks, room in owned:
+        allocator.free(blocks, room)
+    assert allocator.find_room(1, 20) == range(20), "nothing is kept for anybody any more"
+
+
+def grow_in_turns(cache: PagedCache, count: int, most: int, expected: int, start: int = 17) -> list[BlockTable]:
+    tables = [BlockTable() for _ in range(count)]
+    for tokens in range(start, most + 1):
+        for table in tables:
+            cache.grow(table, tokens, expected)
+    return tables
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_sequences_that_grow_side_by_side_stay_in_a_row_where_there_is_room(count: int) -> None:
+    cache = make_cache(count * 20)
+    tables = grow_in_turns(cache, count, most=320, expected=320)
+    assert [table.blocks for table in tables] == [list(range(20 * i, 20 * i + 20)) for i in range(count)]
+    assert all(table.is_run for table in tables)
+
+
+def test_a_sequence_starts_at_the_lowest_place_with_room_for_it() -> None:
+    cache = make_cache(100)
+    tables = grow_in_turns(cache, 3, most=20, expected=320)
+    assert [table.blocks[0] for table in tables] == [0, 20, 40]
+    cache.truncate(tables[0], 0)
+    long, short = BlockTable(), BlockTable()
+    cache.grow(long, 1, 330)
+    cache.grow(short, 1, 160)
+    assert (long.blocks, short.blocks) == ([60], [0])
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_where_there_is_no_room_for_all_they_share_what_there_is(count: int) -> None:
+    cache = make_cache(count * 20)
+    tables = grow_in_turns(cache, count, most=160, expected=320 * count)
+    assert all(table.is_run for table in tables), "each has half of a row, and no less than the tenth it came to"
+    for tokens in range(161, 321):
+        for table in tables:
+            cache.grow(table, tokens, 320 * count)
+    assert cache.allocator.free_blocks == 0
+    assert sorted(block for table in tables for block in table.blocks) == list(range(count * 20))
+    for table in tables:
+        cache.truncate(table, 0)
+    assert cache.allocator.find_room(1, count * 20) == range(count * 20)
+
+
+def test_a_sequence_that_outgrows_its_room_leaves_that_of_others_alone() -> None:
+    cache = make_cache(60)
+    quiet, loud = BlockTable(), BlockTable()
+    cache.grow(loud, 16, 160)
+    cache.grow(quiet, 16, 480)
+    cache.grow(loud, 16 * 30)
+    assert quiet.blocks == [10] and loud.blocks == [*range(10), *range(40, 60)] and not loud.is_run
+    cache.grow(loud, 16 * 35)
+    assert loud.blocks[30:] == [39, 38, 37, 36, 35], "only then what is kept, from its end"
+    cache.grow(quiet, 16 * 25)
+    assert quiet.is_run
 
 
 def test_a_lone_sequence_gets_blocks_in_a_row_whatever_was_there_before() -> None:
@@ -66,14 +129,14 @@ def test_allocator_asserts_on_its_own_state() -> None:
 
 
 @settings(max_examples=60)
-@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 400)), max_size=40))
-def test_a_table_holds_just_the_blocks_of_its_tokens(moves: list[tuple[int, int]]) -> None:
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 400), st.integers(0, 2000)), max_size=40))
+def test_a_table_holds_just_the_blocks_of_its_tokens(moves: list[tuple[int, int, int]]) -> None:
     cache, tables = make_cache(90), [BlockTable() for _ in range(3)]
-    for which, tokens in moves:
+    for which, tokens, expected in moves:
         table = tables[which]
         kept = table.blocks[: -(-tokens // BLOCK_TOKENS)]
         if tokens > table.tokens:
-            cache.grow(table, tokens)
+            cache.grow(table, tokens, expected)
         else:
             cache.truncate(table, tokens)
         assert table.tokens == tokens
@@ -85,6 +148,7 @@ def test_a_table_holds_just_the_blocks_of_its_tokens(moves: list[tuple[int, int]
     for table in tables:
         cache.truncate(table, 0)
     assert cache.allocator.free_blocks == 90
+    assert cache.allocator.find_room(1, 90) == range(90)
 
 
 def test_a_block_is_clean_when_it_changes_owner() -> None:

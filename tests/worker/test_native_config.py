@@ -106,6 +106,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
         ({**LLAMA, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "no low_freq_factor"),
         ({**LLAMA, "rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "not one flat object"),
         ({**LLAMA, "rope_parameters": {"rope_theta": 1e5}, "rope_scaling": YARN}, "they differ"),
+        ({**LLAMA, "rope_parameters": YARN, "rope_scaling": {**YARN, "factor": 2.0}}, "they differ"),
+        ({**LLAMA, "rope_parameters": YARN, "rope_scaling": [1]}, "not one flat object"),
         ({**LLAMA, "rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({**LLAMA, "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({**LLAMA, "rope_theta": 0}, "rope_theta is 0"),
@@ -115,6 +117,14 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
 def test_what_would_give_wrong_tokens_is_refused_by_name(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DecoderConfig.from_dict(config)
+
+
+def test_the_same_scaling_in_the_old_form_and_the_new_is_one() -> None:
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    new = {**scaling, "rope_type": "llama3", "rope_theta": 500000.0}
+    for old in ({**scaling, "rope_type": "llama3"}, {**scaling, "type": "llama3"}):
+        rope = DecoderConfig.from_dict({**LLAMA, "rope_parameters": new, "rope_scaling": old}).rope
+        assert (rope.kind, rope.theta, rope.factor) == ("llama3", 500000.0, 8.0)
 
 
 @pytest.mark.parametrize(

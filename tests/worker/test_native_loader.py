@@ -273,7 +273,16 @@ def test_a_terminal_shows_one_line_that_moves_at_most_ten_times_a_second() -> No
     assert "[########################] 100 % of 10.00 GB, 16.67 GB/s" in shown
 
 
+def test_lines_go_where_the_other_stages_are_told_and_leave_stderr_to_what_went_wrong(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    seconds = iter((0.0, 6.0))
+    with LoadingBar(clock=lambda: next(seconds)) as progress:
+        progress(6 * 10**9, 10**10)
+    assert capsys.readouterr() == ("headgate: loading weights:  60 % of 10.00 GB, 1.00 GB/s\n", "")
+
+
 def test_a_log_gets_a_line_every_five_seconds_and_none_for_a_quick_start() -> None:
     assert show_progress(io.StringIO(), 0.4) == ""
     lines = show_progress(io.StringIO(), 1.5).splitlines()
-    assert lines == ["loading weights:  40 % of 10.00 GB, 0.67 GB/s", "loading weights:  80 % of 10.00 GB, 0.67 GB/s"]
+    assert lines == [f"headgate: loading weights:  {share} % of 10.00 GB, 0.67 GB/s" for share in (40, 80)]

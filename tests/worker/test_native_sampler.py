@@ -13,7 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from scheduler.messages import Request, Sampling
-from worker.native.logprobs import LEAST, logprobs_of
+from worker.native.logprobs import LEAST, likeliest, logprobs_of
 from worker.native.penalties import Past, past_of, shaped
 from worker.native.sampler import BLOCK, NEAR, pick, sample, uniform_at
 
@@ -384,6 +384,21 @@ def test_no_logprob_is_infinite_or_missing(value: float) -> None:
             assert token in (3, 4) and len(told) in (20, 70)
             assert all(LEAST <= logprob <= 0 and 0 <= other < 70 for other, logprob in told)
             assert len({other for other, _ in told}) == len(told)
+
+
+def test_a_row_that_wants_no_alternatives_is_not_sorted_for_those_that_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at = []
+
+    def watching(values: np.ndarray, ids: np.ndarray, count: int) -> list[tuple[int, float]]:
+        looked_at.append(len(values))
+        return likeliest(values, ids, count)
+
+    monkeypatch.setattr("worker.native.logprobs.likeliest", watching)
+    logits, counts = random_logits(4, 20_000), [0, 5, 0, 20]
+    told = logprobs_of(logits, range(4), counts)
+    assert [len(row) - 1 for row in told] == counts
+    assert len(looked_at) == 2 and max(looked_at) <= NEAR
+    assert told == [logprobs_of(logits[i : i + 1], [i], [count])[0] for i, count in enumerate(counts)]
 
 
 def test_logprobs_do_not_depend_on_the_rest_of_the_batch() -> None:

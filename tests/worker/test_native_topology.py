@@ -11,10 +11,13 @@ import pytest
 from worker.native.topology import (
     DEFAULT_CACHES,
     PASSIVE,
+    Node,
     allowed_cpus,
     available_cpus,
-    bind_to_node,
+    bind_to,
     cgroup_cpus,
+    cgroup_free_bytes,
+    choose_node,
     cpu_caches,
     memory_nodes,
     parse_cpu_list,
@@ -32,12 +35,16 @@ def write(root: Path, **files: str) -> None:
         (root / name.replace("__", ".")).write_text(text + "\n")
 
 
-def test_caches_are_read_and_private_ones_count_once_per_thread(tmp_path: Path) -> None:
+def test_caches_are_read_and_count_as_often_as_the_threads_fill_the_cpus_that_share_one(tmp_path: Path) -> None:
     write(tmp_path / "index0", level="1", type="Data", size="32K", shared_cpu_list="0")
     write(tmp_path / "index1", level="1", type="Instruction", size="32K", shared_cpu_list="0")
     write(tmp_path / "index2", level="2", type="Unified", size="1024K", shared_cpu_list="0")
     write(tmp_path / "index3", level="3", type="Unified", size="32M", shared_cpu_list="0-7,16-23")
     assert cpu_caches(4, tmp_path) == {"L2": 4 << 20, "L3": 32 << 20}
+    assert cpu_caches(40, tmp_path)["L3"] == 3 * 32 << 20, "of several core complexes"
+    write(tmp_path / "index2", shared_cpu_list="0,64")
+    assert cpu_caches(128, tmp_path) == {"L2": 64 << 20, "L3": 8 * 32 << 20}
+    assert cpu_caches(1, tmp_path)["L2"] == 1 << 20
 
 
 def test_a_machine_that_tells_nothing_gets_the_usual_caches(tmp_path: Path) -> None:
@@ -66,6 +73,35 @@ def test_quota_of_the_first_version(tmp_path: Path) -> None:
     write(tmp_path / "root" / "cpu,cpuacct" / "x", cpu__cfs_quota_us="200000", cpu__cfs_period_us="100000")
     assert cgroup_cpus(tmp_path / "root", groups) == 2.0
     assert cgroup_cpus(tmp_path / "root", tmp_path / "absent") == float("inf")
+
+
+def test_the_tightest_memory_limit_on_the_way_to_the_root_counts_and_files_can_go_but_for_a_tmpfs(
+    tmp_path: Path,
+) -> None:
+    groups = tmp_path / "groups"
+    groups.write_text("0::/outer/inner\n")
+    root = tmp_path / "root"
+    assert cgroup_free_bytes(root, groups) == float("inf")
+    held = {"memory__current": "3000000", "memory__stat": "anon 1\nfile 1000000\nshmem 400000"}
+    write(root / "outer" / "inner", memory__max="max", **held)
+    assert cgroup_free_bytes(root, groups) == float("inf")
+    write(root / "outer", memory__max="5000000", **held)
+    assert cgroup_free_bytes(root, groups) == 5000000 - 3000000 + 600000
+    write(root / "outer", memory__max="2000000")
+    assert cgroup_free_bytes(root, groups) == 0
+
+
+def test_memory_limit_of_the_first_version_also_where_only_the_host_knows_the_path(tmp_path: Path) -> None:
+    groups = tmp_path / "groups"
+    groups.write_text("4:memory:/docker/abc\n3:cpu,cpuacct:/docker/abc\n0::/\n")
+    write(
+        tmp_path / "root" / "memory",
+        memory__limit_in_bytes="5000000",
+        memory__usage_in_bytes="3000000",
+        memory__stat="cache 1\nshmem 1\ntotal_cache 1000000\ntotal_shmem 400000",
+    )
+    assert cgroup_free_bytes(tmp_path / "root", groups) == 2600000
+    assert cgroup_free_bytes(tmp_path / "root", tmp_path / "absent") == float("inf")
 
 
 def test_at_least_one_cpu_is_available() -> None:
@@ -123,23 +159,28 @@ def test_memory_that_only_caches_files_can_be_had(two_nodes: Path) -> None:
 
 
 def test_one_node_means_that_nothing_happens(two_nodes: Path, tmp_path: Path) -> None:
-    assert bind_to_node(GIGABYTE, 0, two_nodes) == "", "all allowed CPUs are on one node already"
-    assert bind_to_node(GIGABYTE, 0, tmp_path / "absent") == ""
+    assert choose_node(GIGABYTE, 0, two_nodes) == (None, ""), "all allowed CPUs are on one node already"
+    assert choose_node(GIGABYTE, 0, tmp_path / "absent") == (None, "")
 
 
 @pytest.mark.skipif(len(allowed_cpus()) < 2, reason="needs two CPUs")
-def test_this_thread_and_those_it_starts_are_bound_to_the_node_that_holds_the_model(tmp_path: Path) -> None:
+def test_the_node_is_chosen_that_holds_the_model_and_has_the_threads(tmp_path: Path) -> None:
     first, *others = sorted(allowed_cpus())
     node(tmp_path, 0, str(first), 8 * GIGABYTE)
     node(tmp_path, 1, ",".join(map(str, others)), 16 * GIGABYTE)
-    chosen = memory_nodes(allowed_cpus(), tmp_path)[0]
-    seen: list[object] = []
+    too_large = "on all 2 NUMA nodes: node 1 has 16.0 GB free, the model takes 20.0 GB"
+    assert choose_node(20 * GIGABYTE, 0, tmp_path) == (None, too_large)
+    assert choose_node(GIGABYTE, 999, tmp_path) == (None, f"on all 2 NUMA nodes: node 1 has {len(others)} CPUs")
+    assert choose_node(GIGABYTE, 1, tmp_path) == (memory_nodes(allowed_cpus(), tmp_path)[0], "on NUMA node 1")
+
+
+@pytest.mark.skipif(len(allowed_cpus()) < 2, reason="needs two CPUs")
+def test_this_thread_and_those_it_starts_are_bound_to_a_node() -> None:
+    own = frozenset(sorted(allowed_cpus())[1:])
+    seen: list[set[int]] = []
 
     def settle() -> None:
-        seen.append(bind_to_node(20 * GIGABYTE, 0, tmp_path))
-        seen.append(bind_to_node(GIGABYTE, 999, tmp_path))
-        seen.append(os.sched_getaffinity(0) == {first, *others})
-        seen.append(bind_to_node(GIGABYTE, 1, tmp_path))
+        bind_to(Node(1, own, GIGABYTE))
         started = threading.Thread(target=lambda: seen.append(os.sched_getaffinity(0)))
         started.start()
         started.join()
@@ -147,12 +188,7 @@ def test_this_thread_and_those_it_starts_are_bound_to_the_node_that_holds_the_mo
     thread = threading.Thread(target=settle)  # affinity belongs to a thread: that of the tests stays as it is
     thread.start()
     thread.join()
-    too_large, too_many, untouched, bound, inherited = seen
-    assert too_large == "on all 2 NUMA nodes: node 1 has 16.0 GB free, the weights take 20.0 GB"
-    assert too_many == f"on all 2 NUMA nodes: node 1 has {len(others)} CPUs"
-    assert untouched is True
-    assert bound == "on NUMA node 1"
-    assert inherited == chosen.cpus
+    assert seen == [own]
 
 
 # --- waiting ----------------------------------------------------------------------------------------------------------

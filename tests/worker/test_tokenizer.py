@@ -68,6 +68,16 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_told(tmp_path: Path) -> 
     assert Tokenizer.from_str(read_tokenizer(a_model(tmp_path)).tokenizer_json).encode("a").ids == [0]
 
 
+def test_an_added_token_may_lie_beyond_the_models_vocabulary(tmp_path: Path) -> None:
+    padding = {"id": 2, "content": "<pad>", "special": True}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tokenizer = {**a_tokenizer("a"), "added_tokens": [{**padding, **flags}]}
+    settings = {"eos_token": "<pad>"}
+    config = {"vocab_size": 2, "eos_token_id": 1}
+    files = read_tokenizer(a_model(tmp_path, config=config, tokenizer=tokenizer, tokenizer_config=settings))
+    assert files.eos_ids == (1,), "the model never draws the padding"
+
+
 def test_special_tokens_are_texts_whether_written_plain_or_as_objects(tmp_path: Path) -> None:
     settings = {
         "bos_token": "<s>",
@@ -79,6 +89,14 @@ def test_special_tokens_are_texts_whether_written_plain_or_as_objects(tmp_path: 
     }
     files = read_tokenizer(a_model(tmp_path, tokenizer_config=settings))
     assert files.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+def test_special_tokens_may_have_a_file_of_their_own_which_the_settings_overrule(tmp_path: Path) -> None:
+    own = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "additional_special_tokens": ["<x>"]}
+    folder = a_model(tmp_path, config={}, special_tokens_map=own, tokenizer_config={"bos_token": "<begin>"})
+    files = read_tokenizer(folder)
+    assert files.special_tokens == {"bos_token": "<begin>", "eos_token": "</s>"}
+    assert files.eos_ids == (1,)
 
 
 # --- end --------------------------------------------------------------------------------------------------------------
@@ -121,6 +139,14 @@ def test_end_ids_that_are_none_are_told(tmp_path: Path, value: Any) -> None:
     assert "generation_config.json: eos_token_id must be a token id or a list of them, not " in sentence
 
 
+@pytest.mark.parametrize("name", ["generation_config", "config"])
+def test_an_end_id_beyond_the_vocabulary_is_told(tmp_path: Path, name: str) -> None:
+    files = {"config": {"vocab_size": 2, "eos_token_id": 1}}
+    files[name] = {**files.get(name, {}), "eos_token_id": [1, 2]}
+    sentence = refused(a_model(tmp_path, **files))
+    assert sentence.endswith(f"{name}.json: eos_token_id 2 is no token of the model: vocab_size is 2")
+
+
 # --- how it wants to be sampled ---------------------------------------------------------------------------------------
 
 
@@ -153,7 +179,7 @@ def test_a_model_that_does_not_want_to_be_sampled_is_greedy(tmp_path: Path) -> N
         ("top_p", 0),
         ("top_p", 1.5),
         ("top_p", [0.9]),
-        ("top_k", -1),
+        ("top_k", -2),
         ("top_k", 0.5),
         ("min_p", -0.1),
         ("repetition_penalty", 0),
@@ -163,6 +189,12 @@ def test_a_model_that_does_not_want_to_be_sampled_is_greedy(tmp_path: Path) -> N
 def test_a_sampling_default_that_means_nothing_is_told(tmp_path: Path, name: str, value: Any) -> None:
     sentence = refused(a_model(tmp_path, generation_config={name: value}))
     assert f"generation_config.json: {name} must be " in sentence and sentence.endswith(f", not {json.dumps(value)}")
+
+
+@pytest.mark.parametrize(("given", "top_k"), [(-1, 0), (0, 0), (50.0, 50), (-1.0, 0)])
+def test_top_k_may_be_off_in_the_other_way_and_a_whole_float(tmp_path: Path, given: float, top_k: int) -> None:
+    found = read_tokenizer(a_model(tmp_path, generation_config={"top_k": given})).top_k
+    assert found == top_k and isinstance(found, int)
 
 
 def test_a_generation_config_that_is_not_json_is_told(tmp_path: Path) -> None:
@@ -209,6 +241,16 @@ def test_a_template_that_does_not_compile_is_told_with_its_file_and_line(tmp_pat
     assert "tokenizer_config.json: chat_template, line 2: the chat template does not compile: " in refused(inline)
     apart = a_model(tmp_path / "apart", chat_template__jinja=template)
     assert "chat_template.jinja, line 2: the chat template does not compile: " in refused(apart)
+
+
+def test_a_template_that_jinja_takes_and_python_does_not_is_told_with_its_file(tmp_path: Path) -> None:
+    sentence = refused(a_model(tmp_path, chat_template__jinja="{% break %}"))
+    assert "chat_template.jinja: the chat template does not compile: 'break' outside loop" in sentence
+
+
+def test_a_template_that_is_not_utf_8_is_told_with_its_file(tmp_path: Path) -> None:
+    (a_model(tmp_path) / "chat_template.jinja").write_bytes(b"caf\xe9")
+    assert "chat_template.jinja is not a text in UTF-8: " in refused(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,13 @@ from scheduler.model import ModelShape
 from worker.config import WorkerConfig
 from worker.files import has_random_weights, read_config
 from worker.native.config import DecoderConfig
-from worker.native.loader import DTYPES
 from worker.native.machine import measure_machine
-from worker.native.memory import plan_memory
+from worker.native.memory import MemoryPlan, plan_memory
+from worker.native.random_weights import open_checkpoint
 from worker.native.runner import NativeEngine
-from worker.native.topology import available_cpus, bind_to_node
+from worker.native.topology import available_cpus, bind_to
+
+EMBEDDING = "model.embed_tokens.weight"  # whose format is the checkpoint's
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,25 +29,26 @@ class Native:
     shape: ModelShape
     device: Device  # as measured, with every share at 1
     measured_seconds: float  # that took
+    copies: int  # of the weights in memory
     threads_note: str
 
 
 def load(model: Path, name: str, config: WorkerConfig) -> Native:
     """Raises ValueError with a sentence when the checkpoint or the device cannot be used."""
-    values = read_config(model)
-    decoder = _decoder(model, values)
-    plan = plan_memory(values, decoder, _stored_dtype(model, values), name, config)
-    place = _settle(decoder, config)
-    engine = NativeEngine.load(
-        model, config.device, config.dtype, plan.kv_cache_bytes, config.threads or None, plan.packs
-    )
+    decoder = _decoder(model, read_config(model))
+    with open_checkpoint(model, decoder) as checkpoint:
+        stored_dtype = checkpoint.dtype(EMBEDDING)  # of the header: no tensor is read before it is known that all fit
+    plan = plan_memory(decoder, stored_dtype, name, config)
+    _settle(plan, config.threads)
+    engine = NativeEngine.load(model, plan.device, plan.dtype, plan.kv_cache_bytes, config.threads or None, plan.packs)
     shape = decoder.model_shape(name, engine.dtype)
     began = time.monotonic()
     device = measure_machine(engine.device, engine.dtype, engine.weights)
     measured_seconds = time.monotonic() - began
     threads = torch.get_num_threads()
+    place = f" {plan.place}" if plan.place else ""
     note = f", {threads} thread{'s' if threads > 1 else ''}{place}" if engine.device == "cpu" else ""
-    return Native(engine, shape, device, measured_seconds, note)
+    return Native(engine, shape, device, measured_seconds, 2 if plan.packs else 1, note)
 
 
 def _decoder(model: Path, values: dict[str, Any]) -> DecoderConfig:
@@ -58,17 +61,10 @@ def _decoder(model: Path, values: dict[str, Any]) -> DecoderConfig:
         raise ValueError(f"{path}{separator}{sentence.removeprefix('config.json')}") from error
 
 
-def _settle(decoder: DecoderConfig, config: WorkerConfig) -> str:
-    """Before anything is allocated: binds this process to a memory node where there are several, and says so."""
-    if config.device not in ("cpu", "auto") or (config.device == "auto" and torch.cuda.is_available()):
-        return ""
-    needed = decoder.model_shape(config.model, "float32").resident_bytes  # or 16 bits and a second copy
-    place = bind_to_node(needed, config.threads)
-    torch.set_num_threads(config.threads or available_cpus())
-    return f" {place}" if place else ""
-
-
-def _stored_dtype(model: Path, values: dict[str, Any]) -> str:
-    """As the config says it: no weights are looked at before it is known that they fit."""
-    stored = values.get("dtype") or values.get("torch_dtype")
-    return stored if stored in DTYPES and not has_random_weights(model) else "bfloat16"
+def _settle(plan: MemoryPlan, threads: int) -> None:
+    """Before anything is allocated: binds this process to a memory node where there are several."""
+    if plan.device != "cpu":
+        return
+    if plan.node:
+        bind_to(plan.node)
+    torch.set_num_threads(threads or available_cpus())

@@ -10,8 +10,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-WHOLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+from worker.files import INDEX, WHOLE
+
 SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 LFS_POINTER = b"version https://git-lfs"
 

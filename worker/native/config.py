@@ -266,11 +266,12 @@ def _windowed_layers(config: Mapping[str, Any], family: Family, rotated: Sequenc
 def _rope(config: Mapping[str, Any], family: Family) -> Rope:
     """transformers 5 writes all of it into `rope_parameters`; before, it was `rope_theta` and `rope_scaling`."""
     new, old = config.get("rope_parameters"), config.get("rope_scaling")
-    if new and old and new != old:
+    for scaling in (new or {}, old or {}):
+        if not isinstance(scaling, Mapping) or any(isinstance(value, Mapping) for value in scaling.values()):
+            raise ValueError("config.json: rope_parameters (or rope_scaling) is not one flat object")
+    if new and old and _without_theta(new) != _without_theta(old):
         raise ValueError("config.json has both rope_parameters and rope_scaling, and they differ")
     scaling = new or old or {}
-    if not isinstance(scaling, Mapping) or any(isinstance(value, Mapping) for value in scaling.values()):
-        raise ValueError("config.json: rope_parameters (or rope_scaling) is not one flat object")
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ROPE_KINDS:
         raise ValueError(f"config.json: RoPE of type {kind!r} is not supported; known: {', '.join(ROPE_KINDS)}")
@@ -284,6 +285,12 @@ def _rope(config: Mapping[str, Any], family: Family) -> Rope:
     if kind == "linear":
         return Rope(theta, kind, _number(scaling, "factor"))
     return (_llama3 if kind == "llama3" else _yarn)(config, scaling, theta, _original(config, scaling, family))
+
+
+def _without_theta(scaling: Mapping[str, Any]) -> dict[str, Any]:
+    """How positions are scaled, in today's words: only the newer of the two forms also holds rope_theta."""
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    return {name: value for name, value in scaling.items() if name not in ("rope_theta", "type")} | {"rope_type": kind}
 
 
 def _original(config: Mapping[str, Any], scaling: Mapping[str, Any], family: Family) -> int:

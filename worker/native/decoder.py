@@ -14,6 +14,8 @@ from worker.native.inputs import Read, StepInputs
 from worker.native.loader import LayerWeights, Weights
 
 BY_HAND_TOKENS = 1024
+TILE_ROWS = 128
+TILE_SCORES = 16 << 20  # that exist at a time
 
 
 class Decoder:
@@ -46,6 +48,8 @@ class Decoder:
         return self.weights.head(self._norm(x, self.weights.norm))  # [rows, vocab]
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        # Several operations inside, but by hand they are no faster: in bfloat16 0.10 ms either way for 512 rows of 576
+        # (ten times that where each call gets fresh pages, as in a loop of nothing else), for one row 13 µs, not 17.
         return F.rms_norm(x, weight.shape, weight, self.config.eps)
 
     def _attention(
@@ -87,6 +91,8 @@ def attend(q: Tensor, pages: Tensor, read: Read) -> Tensor:
     k, v = kv[:, :, : read.context].transpose(0, 1).chunk(2, 1)  # [sequences, kv_heads, context, head_dim]
     if rows == read.sequences:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=read.mask).reshape(rows, -1)
+    if read.tiled and read.mask is not None:
+        return attend_tiled(q, k[0], v[0], read.mask)
     q = q.permute(2, 1, 0, 3)  # [heads / kv_heads, kv_heads, rows, head_dim]
     k, v = k.expand(len(q), -1, -1, -1), v.expand(len(q), -1, -1, -1)
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=read.mask, is_causal=read.causal)
@@ -110,6 +116,27 @@ def attend_alone(q: Tensor, k: Tensor, v: Tensor, context: int) -> Tensor:
     scores = torch.bmm(k.contiguous(), (q * k.shape[-1] ** -0.5).transpose(1, 2)).transpose(1, 2).contiguous()
     scores[:, :, context:] = -torch.inf
     return torch.bmm(scores.softmax(-1), v.contiguous())
+
+
+def attend_tiled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """A chunk's attention: q [rows, kv_heads, heads / kv_heads, head_dim] over k and v [kv_heads, context, head_dim].
+
+    oneDNN's products of bfloat16 beat torch's fused attention, although the scores go through memory. For the heads of
+    SmolLM2-135M and 2 threads, in ms: 2.1 instead of 4.2 for 512 rows from position 0 on, 31 instead of 41 for 512 rows
+    of 4,096 tokens, 0.45 instead of 0.62 for 64 rows of 512. A tile leaves out what none of its rows sees.
+    """
+    rows, kv_heads, shared, head_dim = q.shape
+    context = k.shape[1]
+    q = (q * head_dim**-0.5).permute(1, 2, 0, 3)  # [kv_heads, shared, rows, head_dim]
+    attended = torch.empty_like(q)
+    step = max(16, min(TILE_ROWS, TILE_SCORES // (kv_heads * shared * context)))
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        seen = context - rows + stop
+        scores = torch.bmm(q[:, :, start:stop].flatten(1, 2), k[:, :seen].transpose(1, 2))
+        scores = scores.view(kv_heads, shared, -1, seen).add_(mask[start:stop, :seen]).softmax(-1)
+        attended[:, :, start:stop] = torch.bmm(scores.flatten(1, 2), v[:, :seen]).view(kv_heads, shared, -1, head_dim)
+    return attended.permute(2, 0, 1, 3).reshape(rows, -1)
 
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:

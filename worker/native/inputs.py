@@ -18,6 +18,7 @@ from torch import Tensor
 
 from worker.native.blocks import BLOCK_TOKENS, BlockTable
 
+TILED_ROWS = 64  # of a chunk, from where on its attention pays in tiles: see `decoder.attend_tiled`
 ALONE_TOKENS = 512  # from here on a copy of a sequence's keys and values costs more than a call (2 threads of an EPYC)
 
 
@@ -53,6 +54,7 @@ class Read:
     context: int  # columns of the longest
     mask: Tensor | None  # added to the scores: [sequences, 1, 1, context] or [rows, context]; None: nothing is masked …
     causal: bool  # … or a plain triangle: a chunk from position 0 on, no longer than the window
+    tiled: bool = False  # a chunk whose scores are computed by hand, all of them masked
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,13 +138,14 @@ class _Group:
         pairs = zip(self.spans, self.first_blocks, strict=True)
         stops = [span.context - first * BLOCK_TOKENS for span, first in pairs]  # one column after a span's last token
         rows, columns, singles = self.rows, max(stops), self.rows == len(self.spans)
-        causal = not singles and rows == self.spans[0].context <= (self.window or rows)
+        tiled = not singles and is_tiled(rows, blocks.device, dtype)
+        causal = not singles and not tiled and rows == self.spans[0].context <= (self.window or rows)
         mask = None
         if singles:
             mask = _mask_of_singles(stops, self.window, blocks.device, dtype)
         elif not causal:
             mask = _mask_of_chunk(rows, columns, self.window, blocks.device, dtype)
-        return Read(self.row, self.row + rows, len(self.spans), blocks, self.run(), columns, mask, causal)
+        return Read(self.row, self.row + rows, len(self.spans), blocks, self.run(), columns, mask, causal, tiled)
 
     def run(self) -> tuple[int, int] | None:
         span, first = self.spans[0], self.first_blocks[0]
@@ -168,6 +171,10 @@ def _groups(ordered: Sequence[Span], singles: int, window: int, group_tokens: in
 def is_read_alone(span: Span, most: int) -> bool:
     """Where a copy, of `most` tokens at the most, costs more than a call of attention for the sequence alone."""
     return span.table.is_run and min(span.context, most) >= ALONE_TOKENS
+
+
+def is_tiled(rows: int, device: torch.device, dtype: torch.dtype) -> bool:
+    return rows >= TILED_ROWS and device.type == "cpu" and dtype == torch.bfloat16
 
 
 def group_by_length(lengths: Sequence[tuple[int, bool]], group_tokens: int) -> list[int]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,6 +31,11 @@ class LayerWeights:
     gate_up: Linear  # hidden -> 2 * intermediate
     down: Linear  # intermediate -> hidden
 
+    def tensors(self) -> list[Tensor]:
+        norms = [norm for norm in (self.attention_norm, self.qk_norm, self.mlp_norm) if norm is not None]
+        matrices = (self.qkv, self.o, self.gate_up, self.down)
+        return norms + [tensor for matrix in matrices for tensor in matrix.tensors()]
+
 
 @dataclass(frozen=True, slots=True)
 class Weights:
@@ -44,16 +48,9 @@ class Weights:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor once."""
-        parts: list[Any] = [self.embedding, self.norm, self.head]
-        parts += [getattr(layer, part.name) for layer in self.layers for part in fields(layer)]
-        found = [tensor for part in parts for tensor in _tensors(part)]
+        found = [self.embedding, self.norm, *self.head.tensors()]
+        found += [tensor for layer in self.layers for tensor in layer.tensors()]
         return list({id(tensor): tensor for tensor in found}.values())
-
-
-def _tensors(part: Linear | Tensor | None) -> list[Tensor]:
-    if part is None:
-        return []
-    return part.tensors() if isinstance(part, Linear) else [part]
 
 
 def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:

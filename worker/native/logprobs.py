@@ -28,6 +28,8 @@ def logprobs_of(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) ->
         best, ids = (near.cpu().numpy() for near in nearest(told.view_as(blocks), peaks))
         for i, count in enumerate(counts):
             place = min(count, vocab)
+            if not place:
+                continue
             if place < best.shape[-1] and best[i, place - 1] > best[i, -1]:  # no equal of these is missing
                 rows[i] += likeliest(best[i], ids[i], place)
             else:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from scheduler.hardware import Device, MemoryLevel
 from worker.native.loader import DTYPES
+from worker.native.memory import free_memory_bytes
 from worker.native.topology import MEGABYTE, cpu_caches
 
-DRAM_PROBE_LIMIT_BYTES = 512 * MEGABYTE
+DRAM_PROBE_BYTES = 512 * MEGABYTE  # are enough, unless a cache is larger
 WEIGHTS_LIMIT_BYTES = 1024 * MEGABYTE  # of a large model's weights so many are read: it shows in no cache anyway
 MATRIX_BYTES = 16 << 10  # what is smaller would show what a call costs
 PROBE_SECONDS = 0.25  # per quantity; seven of them at most
@@ -47,10 +48,20 @@ def measure_machine(device_name: str, dtype_name: str, weights: Sequence[Tensor]
 
 def _cpu_levels(device: torch.device) -> tuple[MemoryLevel, ...]:
     caches = cpu_caches(torch.get_num_threads())
-    levels = [MemoryLevel(name, size, read_bandwidth(size // 2, device)) for name, size in caches.items()]
+    free, largest = free_memory_bytes(), max(caches.values())
+    levels = [
+        MemoryLevel(name, size, read_bandwidth(min(size // 2, free // 4), device)) for name, size in caches.items()
+    ]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    probe = min(max(4 * max(caches.values()), 64 * MEGABYTE), DRAM_PROBE_LIMIT_BYTES, memory // 8)
-    return (*levels, MemoryLevel("DRAM", memory, read_bandwidth(probe, device)))
+    probe = dram_probe_bytes(largest, free)
+    name = "DRAM" if probe >= 2 * largest else "DRAM (partly from a cache)"
+    return (*levels, MemoryLevel(name, memory, read_bandwidth(probe, device)))
+
+
+def dram_probe_bytes(cache_bytes: int, free_bytes: int) -> int:
+    """At least twice the cache, so that most of it is read from memory; what is free bounds it."""
+    usual = min(max(4 * cache_bytes, 64 * MEGABYTE), DRAM_PROBE_BYTES)
+    return min(max(usual, 2 * cache_bytes), free_bytes // 4)
 
 
 def _cuda_levels(device: torch.device) -> tuple[MemoryLevel, ...]:

@@ -1,34 +1,42 @@
-"""What fits into memory, computed from a config before anything is allocated."""
+"""Where a model is computed, in which format, and what fits into memory: known before anything is allocated."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from scheduler.model import DTYPE_BYTES, ModelShape
+from worker.amounts import in_bytes, in_millions
+from worker.calibrate import LEAST_CACHE_TOKENS, LEAST_CONTEXT_TOKENS
 from worker.config import WorkerConfig
 from worker.native.config import DecoderConfig
 from worker.native.linear import can_pack
 from worker.native.loader import DTYPES, tensor_shapes
-from worker.native.runner import auto_dtype
+from worker.native.topology import Node, available_cpus, cgroup_free_bytes, choose_node, cpu_caches
 
+RESERVE_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}  # for activations, logits, and the probes at start
 CPU_SHARE = 0.25  # of the memory that the weights leave, for the KV cache
 CUDA_SHARE = 0.85
 PACKING_SHARE = 0.5  # of what two copies of the weights leave; where the cache takes more, there is one copy
 FULL_CONTEXTS = 64  # more than so many full sequences of KV cache help nobody on a CPU
-LEAST_CONTEXT_TOKENS = 2048  # with room for less, or than the model's own context, nobody is served
+USEFUL_CONTEXT_TOKENS = 2048  # with room for less, or than the model's own context, nobody is served
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
+    device: str
+    dtype: str
     kv_cache_bytes: int
     packs: bool  # there is room for a second copy of the weights, in the order that products of many rows want
+    node: Node | None = None  # whose memory it is
+    place: str = ""  # what is to be said of memory nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,23 +48,29 @@ class Need:
     dtype: str
     kv_bytes: float
     kv_reason: str
+    reserve_bytes: int
     free_bytes: int
 
     @property
     def weight_bytes(self) -> float:
         return self.parameters * DTYPE_BYTES[self.dtype]
 
+    @property
+    def bytes(self) -> float:
+        return self.weight_bytes + self.kv_bytes + self.reserve_bytes
+
     def spare_bytes(self, copies: int = 1) -> float:
-        """What so many copies of the weights leave."""
-        return self.free_bytes - copies * self.weight_bytes
+        """What so many copies of the weights, and the reserve, leave."""
+        return self.free_bytes - self.reserve_bytes - copies * self.weight_bytes
 
     def check(self) -> None:
         """Raises ValueError, with the arithmetic, when it does not fit."""
-        if self.kv_bytes > self.spare_bytes():
+        if self.bytes > self.free_bytes:
             raise ValueError(
-                f"{self.name} needs {_gb(self.weight_bytes)} for its weights in {self.dtype} ({_count(self.parameters)} "
-                f"parameters x {DTYPE_BYTES[self.dtype]} bytes) and {_gb(self.kv_bytes)} for a KV cache {self.kv_reason}, "
-                f"but {_gb(self.free_bytes)} are free; choose {', or '.join(self._ways_out())}"
+                f"{self.name} needs {in_bytes(self.weight_bytes)} for its weights in {self.dtype} "
+                f"({in_millions(self.parameters)} parameters x {DTYPE_BYTES[self.dtype]} bytes), "
+                f"{in_bytes(self.kv_bytes)} for a KV cache {self.kv_reason} and {in_bytes(self.reserve_bytes)} "
+                f"to compute in, but {in_bytes(self.free_bytes)} are free; choose {', or '.join(self._ways_out())}"
             )
 
     def _ways_out(self) -> list[str]:
@@ -68,43 +82,89 @@ class Need:
         return ways
 
 
-def plan_memory(
-    config: Mapping[str, Any], decoder: DecoderConfig, stored_dtype: str, name: str, wanted: WorkerConfig
-) -> MemoryPlan:
+def plan_memory(decoder: DecoderConfig, stored_dtype: str, name: str, wanted: WorkerConfig) -> MemoryPlan:
     """How much KV cache there will be: what is asked for, else a sensible share of what the weights leave.
 
-    Raises ValueError with a sentence when the device is not there, or weights and cache do not fit it.
+    `stored_dtype` is that of the checkpoint's tensors. Raises ValueError with a sentence when the device is not there,
+    weights and cache do not fit it, or the cache is too small to serve from.
     """
-    device = _device(wanted.device)
+    device = find_device(wanted.device)
     parameters = sum(math.prod(size) for size in tensor_shapes(decoder).values())
-    dtype = wanted.dtype if wanted.dtype != "auto" else auto_dtype(device, stored_dtype, parameters)
+    dtype = wanted.dtype if wanted.dtype != "auto" else auto_dtype(device, stored_dtype, parameters, wanted.threads)
     shape = decoder.model_shape(name, dtype)
-    need = Need(name, parameters, dtype, *_kv_need(shape, wanted), _free_bytes(device))
+    context = min(shape.context_tokens, wanted.context_tokens or shape.context_tokens)
+    _check_serves(shape, context, wanted.kv_cache_bytes)
+    kv_bytes, kv_reason = _kv_need(shape, context, wanted)
+    need = Need(name, parameters, dtype, kv_bytes, kv_reason, RESERVE_BYTES[device.type], _free_bytes(device))
     need.check()
+    node, place = choose_node(need.bytes, wanted.threads) if device.type == "cpu" else (None, "")
+    if node:
+        need = replace(need, free_bytes=min(need.free_bytes, node.free_bytes))
     packs = can_pack(device, DTYPES[dtype]) and need.kv_bytes <= PACKING_SHARE * need.spare_bytes(2)
-    useful = FULL_CONTEXTS * shape.kv_bytes(wanted.context_tokens or shape.context_tokens)
-    if device.type == "cuda":
-        shared = CUDA_SHARE * need.spare_bytes()
-    else:
-        shared = min(CPU_SHARE * need.spare_bytes(2 if packs else 1), useful)
-    return MemoryPlan(wanted.kv_cache_bytes or int(max(shared, min(need.kv_bytes, useful))), packs)
+    kv_cache_bytes = wanted.kv_cache_bytes or _kv_share(need, device, 2 if packs else 1, shape.kv_bytes(context))
+    return MemoryPlan(str(device), dtype, kv_cache_bytes, packs, node, place)
 
 
-def _kv_need(shape: ModelShape, wanted: WorkerConfig) -> tuple[float, str]:
+def _check_serves(shape: ModelShape, context_tokens: int, kv_cache_bytes: int) -> None:
+    """Raises ValueError where not even the smallest step could be timed at start."""
+    if context_tokens < LEAST_CONTEXT_TOKENS:
+        raise ValueError(
+            f"{shape.name} cannot be served with a context of {context_tokens} tokens: "
+            f"{LEAST_CONTEXT_TOKENS} are the least (--context)"
+        )
+    least = math.ceil(shape.kv_bytes(LEAST_CACHE_TOKENS))
+    if 0 < kv_cache_bytes < least:
+        raise ValueError(
+            f"--kv-cache {kv_cache_bytes} holds {int(kv_cache_bytes / shape.kv_bytes(1))} tokens of {shape.name}: "
+            f"{LEAST_CACHE_TOKENS} are the least (--kv-cache {least})"
+        )
+
+
+def _kv_need(shape: ModelShape, context_tokens: int, wanted: WorkerConfig) -> tuple[float, str]:
     """The least KV cache to start with, and of what it is."""
     if wanted.kv_cache_bytes:
         return wanted.kv_cache_bytes, "of --kv-cache"
-    tokens = min(shape.context_tokens, wanted.context_tokens or LEAST_CONTEXT_TOKENS)
-    return shape.kv_bytes(tokens), f"of --context {tokens:,}" if wanted.context_tokens else f"of {tokens:,} tokens"
+    if wanted.context_tokens:
+        return shape.kv_bytes(max(context_tokens, LEAST_CACHE_TOKENS)), f"of --context {context_tokens:,}"
+    tokens = max(min(context_tokens, USEFUL_CONTEXT_TOKENS), LEAST_CACHE_TOKENS)
+    return shape.kv_bytes(tokens), f"of {tokens:,} tokens"
 
 
-def _device(name: str) -> torch.device:
+def _kv_share(need: Need, device: torch.device, copies: int, context_bytes: float) -> int:
+    """Of what the weights leave: on a GPU nobody else wants it, on a CPU the whole system does."""
+    if device.type == "cuda":
+        return int(max(CUDA_SHARE * need.spare_bytes(), need.kv_bytes))
+    share = min(CPU_SHARE * need.spare_bytes(copies), FULL_CONTEXTS * context_bytes)
+    return int(max(share, need.kv_bytes))
+
+
+# --- where, and in which format ---------------------------------------------------------------------------------------
+
+
+def find_device(name: str) -> torch.device:
+    """auto, cpu, cuda or cuda:N. Raises ValueError for any other, or one that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"--device {name}: known are auto, cpu, cuda and cuda:N")
     device, seen = torch.device(name), torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= seen:
         raise ValueError(f"--device {name}: torch sees {seen or 'no'} CUDA device{'s' if seen > 1 else ''} here")
     return device
+
+
+def auto_dtype(device: torch.device, stored: str, parameters: int, threads: int = 0) -> str:
+    """The checkpoint's own; on a CPU bfloat16 for any 16-bit one, and float32 where bytes are not what it waits for.
+
+    That is where the weights fit a cache, or where the CPU is slow at 16 bits.
+    """
+    if device.type != "cpu" or stored == "float32":
+        return stored
+    cache_bytes = max(cpu_caches(threads or available_cpus()).values())
+    return "bfloat16" if can_pack(device, torch.bfloat16) and 4 * parameters > cache_bytes else "float32"
+
+
+# --- what there is ----------------------------------------------------------------------------------------------------
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -113,27 +173,31 @@ def _free_bytes(device: torch.device) -> int:
     return free_memory_bytes()
 
 
-def free_memory_bytes(meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Memory that can be had: the system's, or what the control group leaves."""
+def free_memory_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Memory that can be had: the system's, or what the control groups leave."""
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if meminfo.is_file():
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024
-    limit = group / "memory.max"
-    if limit.is_file() and (text := limit.read_text().strip()) != "max":
-        free = min(free, max(0, int(text) - _held_bytes(group)))
-    return free
+    return int(min(free, cgroup_free_bytes()))
 
 
-def _held_bytes(group: Path) -> int:
-    """What the processes of a control group have; files that it keeps in memory are given up when memory is needed."""
-    lines = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    return int((group / "memory.current").read_text()) - int(lines["file"])
+@contextmanager
+def enough_memory(name: str) -> Iterator[None]:
+    """Memory that was free when the plan was made may be gone, or not be had in one piece: ValueError with a sentence."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"memory ran out while {name} was being loaded or measured ({reason}); "
+            "choose a smaller model, or less --kv-cache"
+        ) from error
 
 
-def _gb(amount: float) -> str:
-    return f"{amount / 1e9:.1f} GB" if amount >= 1e8 else f"{amount / 1e6:.1f} MB"
-
-
-def _count(number: float) -> str:
-    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of a CPU, torch says it in a RuntimeError like any other."""
+    told = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in told)

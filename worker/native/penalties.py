@@ -28,7 +28,7 @@ class Past:
         self.biased = np.array(list(biases), dtype=np.int64)
         self.biases = np.array(list(biases.values()), dtype=np.float32)
         self._stop_ids = np.array([token for token in request.stop_ids if token < vocab], dtype=np.int64)
-        self._banned_tokens = sampling.min_tokens  # still to come
+        self._tokens_before_stop = sampling.min_tokens  # still to be drawn
         self.repetition = sampling.repetition_penalty
         self._frequency, self._presence = sampling.frequency_penalty, sampling.presence_penalty
         self._places: dict[int, int] = {}  # token -> where the next two have it
@@ -47,7 +47,7 @@ class Past:
     def add(self, drawn: Iterable[int]) -> None:
         """Tokens that the sequence drew."""
         for token in drawn:
-            self._banned_tokens -= 1
+            self._tokens_before_stop -= 1
             place = self._places.setdefault(token, len(self._places))
             if place == len(self._tokens):
                 self._tokens = np.append(self._tokens, np.full(place + 64, token))
@@ -68,7 +68,7 @@ class Past:
 
     @property
     def banned(self) -> np.ndarray:
-        return self._stop_ids if self._banned_tokens > 0 else self._stop_ids[:0]
+        return self._stop_ids if self._tokens_before_stop > 0 else self._stop_ids[:0]
 
 
 def past_of(request: Request, vocab: int) -> Past | None:

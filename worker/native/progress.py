@@ -14,10 +14,13 @@ LOG_SECONDS = 5.0  # between two lines in a log: a quick start writes none
 
 
 class LoadingBar:
-    """A bar on a terminal, elsewhere a line now and then. Call it with the bytes done and the bytes in all."""
+    """A bar on a terminal, elsewhere a line now and then. Call it with the bytes done and the bytes in all.
+
+    The bar goes to stderr, as bars do; lines go where those of the other stages go, and leave stderr to what went wrong.
+    """
 
     def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._stream = stream or sys.stderr
+        self._stream = stream or (sys.stderr if sys.stderr.isatty() else sys.stdout)
         self._clock = clock
         self._is_terminal = self._stream.isatty()
         self._pause_seconds = TERMINAL_SECONDS if self._is_terminal else LOG_SECONDS
@@ -47,7 +50,7 @@ class LoadingBar:
             self._is_drawn = True
             self._write(f"\rloading weights [{'#' * int(WIDTH * share):<{WIDTH}}] {text}")
         else:
-            self._write(f"loading weights: {text}\n")
+            self._write(f"headgate: loading weights: {text}\n")
 
     def _write(self, text: str) -> None:
         self._stream.write(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
@@ -27,9 +28,13 @@ class RandomCheckpoint(Checkpoint):
 
     def __init__(self, config: DecoderConfig) -> None:
         self.shapes = tensor_shapes(config)
+
+    @cached_property
+    def _pool(self) -> Tensor:
+        """Drawn when it is first read: by then it is known that what the config asks for fits."""
         generator = torch.Generator().manual_seed(0)
         width = max(max(shape) for shape in self.shapes.values())
-        self._pool = torch.randn(POOL_NUMBERS + width, generator=generator).mul_(STD).to(torch.bfloat16)
+        return torch.randn(POOL_NUMBERS + width, generator=generator).mul_(STD).to(torch.bfloat16)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

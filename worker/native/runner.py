@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,15 @@ from worker.native.blocks import BLOCK_TOKENS, BlockTable, PagedCache
 from worker.native.config import DecoderConfig
 from worker.native.decoder import Decoder
 from worker.native.inputs import Span, StepInputs, build_inputs
-from worker.native.linear import can_pack, choose_products
-from worker.native.loader import DTYPES, Checkpoint, Weights, load_weights, tensor_shapes
+from worker.native.linear import choose_products
+from worker.native.loader import DTYPES, Weights, load_weights, tensor_shapes
 from worker.native.logprobs import logprobs_of
 from worker.native.machine import choose_threads
 from worker.native.penalties import Past, past_of
 from worker.native.progress import LoadingBar
 from worker.native.random_weights import open_checkpoint
 from worker.native.sampler import sample
-from worker.native.topology import allowed_cpus, available_cpus, cpu_caches, physical_cores, thread_counts
+from worker.native.topology import allowed_cpus, available_cpus, physical_cores, thread_counts
 
 KINDS = (Kind.DECODE, Kind.PREFILL)
 # What one call of attention gathers: on a CPU about what a second-level cache holds, so that it is read from there.
@@ -34,6 +33,7 @@ GATHER_BYTES = {"cpu": 1 << 20, "cuda": 256 << 20}
 
 TOLD_AT_ONCE = 128  # prompt tokens: their logits take 79 MB for a vocabulary of 150,000
 LARGE_BYTES = 64 << 20
+ROOM_TOKENS = 2048  # of output that a sequence finds room for; answers that are longer are rare
 
 
 @dataclass(slots=True)
@@ -45,6 +45,11 @@ class Sequence:
     past: Past | None  # for requests whose draws depend on it
     table: BlockTable = field(default_factory=BlockTable)
     prompt_logprobs: list[Logprobs] = field(default_factory=list)  # of its second token on, until they are delivered
+
+    @property
+    def expected_tokens(self) -> int:
+        request = self.request
+        return len(request.prompt) + min(request.max_tokens - request.resumed_tokens, ROOM_TOKENS)
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -91,8 +96,8 @@ class NativeEngine:
     def load(
         cls,
         path: str | Path,
-        device: str = "auto",
-        dtype: str = "auto",
+        device: str = "cpu",
+        dtype: str = "float32",
         kv_cache_bytes: int = 1 << 30,
         threads: int | None = None,
         packs: bool = True,
@@ -101,18 +106,16 @@ class NativeEngine:
 
         ValueError with a sentence that helps for all that cannot work.
 
-        `device`: auto, cpu, cuda or cuda:n. `dtype`: auto (the checkpoint's; on a CPU float32 where that fits a cache),
-        float32, bfloat16, float16. `threads`: of torch, on a CPU; None measures whether more than one pays. `packs`: a
-        second copy of the weights may be made where that is faster.
+        `device`: cpu, cuda or cuda:n. `dtype`: float32, bfloat16 or float16. `threads`: of torch, on a CPU; None measures
+        whether more than one pays. `packs`: a second copy of the weights may be made where that is faster.
         """
         path = Path(path)
         config = read_config(path)
         shape = DecoderConfig.from_dict(config)
-        where = _device(device)
+        where, kind = torch.device(device), DTYPES[dtype]
         if threads and where.type == "cpu":
             torch.set_num_threads(threads)
         with open_checkpoint(path, shape) as checkpoint, LoadingBar() as progress:
-            kind = _dtype(dtype, where, checkpoint)
             products = choose_products(where, kind, packs)
             weights = load_weights(checkpoint, shape, where, kind, products, progress)
         cache = PagedCache(shape, kv_cache_bytes, where, weights.norm.dtype)
@@ -172,7 +175,7 @@ class NativeEngine:
             raise ValueError(f"{entry}: delivers, but {len(sequence.tokens)} tokens are known already")
         if entry.position < table.tokens:
             self._cache.truncate(table, entry.position)
-        self._cache.grow(table, stop)
+        self._cache.grow(table, stop, min(sequence.expected_tokens, self.context_tokens))
         tokens = sequence.tokens[entry.position : stop]
         return Span(table, entry.position, tokens, entry.delivers, sequence.wants_prompt_logprobs)
 
@@ -241,34 +244,3 @@ def _tell(
         told[keys[i]] = [*sequences[i].prompt_logprobs, row]
         sequences[i].prompt_logprobs.clear()
     return told
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ValueError(f"device {name!r}: known are auto, cpu, cuda and cuda:n")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def _dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
-    if name == "auto":
-        parameters = sum(math.prod(size) for size in checkpoint.shapes.values())
-        name = auto_dtype(device, checkpoint.dtype("model.embed_tokens.weight"), parameters)
-    if name not in DTYPES:
-        raise ValueError(f"dtype {name!r}: known are auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def auto_dtype(device: torch.device, stored: str, parameters: int) -> str:
-    """The checkpoint's own; on a CPU bfloat16 for any 16-bit one, and float32 where bytes are not what it waits for.
-
-    That is where the weights fit a cache, or where the CPU is slow at 16 bits.
-    """
-    if device.type != "cpu" or stored == "float32":
-        return stored
-    cache_bytes = max(cpu_caches(available_cpus()).values())
-    return "bfloat16" if can_pack(device, torch.bfloat16) and 4 * parameters > cache_bytes else "float32"
