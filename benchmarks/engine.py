@@ -43,6 +43,7 @@ from benchmarks.speeds import (
 from scheduler.hardware import Device, MemoryLevel
 from scheduler.model import ModelShape
 from scheduler.roofline import NO_WORK, StepWork, decode_work, limit_seconds, step_bytes
+from worker.native.config import DecoderConfig
 
 ROUNDS = 3
 MODEL = "wall"
@@ -178,7 +179,7 @@ def loads(shape: ModelShape) -> list[Load]:
         return await alone(endpoint, LONG_CONTEXT_TOKENS, CONTEXT_ANSWER_TOKENS)
 
     few, many = PROMPT_TOKENS, CONTEXT_ANSWER_TOKENS
-    prompt = NO_WORK.plus_chunk(shape, 0, LONG_PROMPT_TOKENS, True)
+    prompt = NO_WORK.plus_chunk(shape, 0, LONG_PROMPT_TOKENS, 1)
     return [
         Load("alone", alone, decode(1, few, ANSWER_TOKENS), 1, ANSWER_TOKENS),
         Load("together", together, decode(CONCURRENT, few, ANSWER_TOKENS), CONCURRENT, CONCURRENT * ANSWER_TOKENS),
@@ -349,7 +350,7 @@ def print_engines(run: Run) -> None:
 
 def main(rounds: int = ROUNDS, model: str = MODEL) -> list[Figure]:
     config = json.loads((GEOMETRY / "config.json").read_text())
-    shape = ModelShape.from_config(config, MODEL, DTYPE, DTYPE)
+    shape = DecoderConfig.from_dict(config).model_shape(MODEL, DTYPE)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # servers under test are ended on the way out
     installed = [name for name, module in PEERS.items() if importlib.util.find_spec(module)]
     run = Run(shape, {"headgate": version("headgate")} | {name: version(PEERS[name]) for name in installed})

@@ -120,6 +120,9 @@ def _cell(work: StepWork, shape: ModelShape) -> tuple[int, int]:
 
 FLOPS_SHARES = np.geomspace(0.005, 2.0, 49)
 WEIGHT_SHARES = (1.0, 0.7, 0.5, 0.35, 1.4, 2.0, 3.0)  # the first is the prior: a share above 1 means the probe was low
+# A probe of a cache may be far too low. Main memory's has read the model's own weights: beyond a noisy moment nothing is
+# faster, and what steps of any size take besides is host time.
+MOST_OF_MEMORY = 1.4
 # In units of the device's bandwidth and peak: what KV and attention cost where no timing tells. The weight is small beside
 # any step of which they are a tenth, and large beside a sweep that had no time for long contexts.
 PRIOR_KV, PRIOR_ATTENTION, PRIOR_WEIGHT = 1 / 0.8, 1 / 0.5, 0.01
@@ -136,7 +139,9 @@ def fit_device(device: Device, shape: ModelShape, timings: Sequence[Timing]) -> 
         return device
     seconds = np.array([timing.seconds for timing in timings])
     weights, arithmetic = np.array([_overlapping(device, shape, timing.work) for timing in timings]).T
-    shares = np.array([(weight, flops) for weight in WEIGHT_SHARES for flops in FLOPS_SHARES])
+    in_memory = device.level_for(shape.resident_bytes) == device.memory
+    possible = [share for share in WEIGHT_SHARES if share <= MOST_OF_MEMORY or not in_memory]
+    shares = np.array([(weight, flops) for weight in possible for flops in FLOPS_SHARES])
     base = ((weights / shares[:, :1]) ** 4 + (arithmetic / shares[:, 1:]) ** 4) ** 0.25  # [shares, timings], as `mix`
     linear = np.array([_linear_features(device, shape, timing.work) for timing in timings]) / seconds[:, None]
     linear = np.vstack((linear, PRIOR_WEIGHT * np.eye(4)[2:]))

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.calibration import FLOPS_SHARES, CostModel, Timing, _nonnegative_fit, fit_device
+from scheduler.calibration import FLOPS_SHARES, MOST_OF_MEMORY, CostModel, Timing, _nonnegative_fit, fit_device
 from scheduler.hardware import CATALOGUE, Device
 from scheduler.model import SHAPES
 from scheduler.roofline import StepWork, decode_work, step_cost
@@ -168,6 +168,21 @@ def test_the_sweep_gives_the_first_corrections_and_the_first_margin() -> None:
     model.prime([Timing(work, model.cost(work).seconds * 1.2, spread=0.01) for work in works])
     assert all(model.seconds(work) == pytest.approx(1.2 * model.cost(work).seconds) for work in works)
     assert model.margin == pytest.approx(math.expm1(math.log(1.2) + 0.01))
+
+
+def test_main_memory_is_not_said_to_be_faster_than_it_was_seen() -> None:
+    """Steps that take the same for a row as for eight say nothing of how much of it was reading."""
+    flat = [Timing(work, 0.016 if work.query_tokens < 12 else 0.016 + 3e-4 * work.query_tokens) for work in steps()]
+    in_memory, in_cache = (fit_device(device, SHAPE, flat) for device in (LAPTOP, with_cache(LAPTOP)))
+    assert in_memory.weight_share <= MOST_OF_MEMORY < in_cache.weight_share
+    work = steps()[0]
+    read = SHAPE.weight_bytes(1) / LAPTOP.memory.bytes_per_second
+    assert step_cost(in_memory, SHAPE, work).weights > read / (MOST_OF_MEMORY + 0.01)
+
+
+def with_cache(device: Device) -> Device:
+    """The same rate, but of a cache that holds everything: its probe may have been far too low."""
+    return replace(device, levels=(replace(device.memory, name="L3"), device.memory))
 
 
 def test_what_no_timing_tells_is_taken_from_experience_not_for_free() -> None:

@@ -114,7 +114,7 @@ def attend_alone(q: Tensor, k: Tensor, v: Tensor, context: int) -> Tensor:
     are whole blocks, of which those from `context` on do not count; and it reads what is in one piece only.
     """
     scores = torch.bmm(k.contiguous(), (q * k.shape[-1] ** -0.5).transpose(1, 2)).transpose(1, 2).contiguous()
-    scores[:, :, context:] = -torch.inf
+    scores.narrow(2, context, scores.shape[2] - context).fill_(-torch.inf)
     return torch.bmm(scores.softmax(-1), v.contiguous())
 
 
