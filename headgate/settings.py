@@ -360,7 +360,7 @@ def _parser() -> argparse.ArgumentParser:
         group = parser.add_argument_group(title)
         for option in options:
             default = "" if option.default in ("", False, 0) else f" Default: {option.default}."
-            text = "\n".join(textwrap.wrap(option.help + default, 80)).replace("%", "%%")
+            text = "\n".join(textwrap.wrap(option.help + default, 80, break_on_hyphens=False)).replace("%", "%%")
             if option.parse is _switch:
                 group.add_argument(option.flag, nargs="?", const="true", metavar="BOOL", help=text)
             else:

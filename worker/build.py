@@ -120,6 +120,8 @@ def _assemble(
     config: WorkerConfig, engine: Engine, cost: CostModel, capacity: float, files: TokenizerFiles, name: str
 ) -> Built:
     shape = cost.shape
+    if config.context_tokens > shape.context_tokens:
+        stage(f"--context {config.context_tokens:,} is more than the model takes: {shape.context_tokens:,} tokens")
     limits = _limits(config, shape)
     solo = 1 / cost.seconds(decode_work(shape, 1, shape.kv_bytes(SOLO_CONTEXT)))
     tiers = default_tiers(solo)

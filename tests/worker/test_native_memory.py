@@ -121,8 +121,8 @@ def test_a_cache_of_a_memory_node_is_planned_on_that_node(
 @pytest.mark.parametrize(
     ("wanted", "words"),
     [
-        ({"kv_cache_bytes": 30 << 30}, ("32.2 GB for a KV cache of --kv-cache and", "less --kv-cache")),
-        ({"context_tokens": 131072}, ("34.4 GB for a KV cache of --context 131,072", "less --context")),
+        ({"kv_cache_bytes": 30 << 30}, ("32.2 GB for a KV cache as --kv-cache asks and", "less --kv-cache")),
+        ({"context_tokens": 131072}, ("34.4 GB for a KV cache as --context 131,072 asks", "less --context")),
     ],
 )
 def test_the_cache_that_was_asked_for_counts(free: dict[str, int], wanted: dict[str, Any], words: Any) -> None:

@@ -55,7 +55,7 @@ class Checkpoint:
         stored = self._slice(name).get_dtype()
         if stored not in SAFETENSORS_DTYPES:
             known = ", ".join(SAFETENSORS_DTYPES)
-            raise ValueError(f"{self.place(name)} is stored as {stored}; what can be read is {known}")
+            raise ValueError(f"{self.folder}: {self.place(name)} is stored as {stored}; what can be read is {known}")
         return SAFETENSORS_DTYPES[stored]
 
     def place(self, name: str) -> str:

@@ -216,7 +216,9 @@ class _Reader:
             is_copy_read = self.device.type != "cpu" or to.itemsize < slab.itemsize or not slab.is_contiguous()
             if not _is_finite(to if is_copy_read else slab):
                 as_read = str(self.dtype).removeprefix("torch.")
-                raise ValueError(f"{self.checkpoint.place(name)} has NaN or infinite values (read as {as_read})")
+                raise ValueError(
+                    f"{self.checkpoint.folder}: {self.checkpoint.place(name)} has NaN or infinite values (read as {as_read})"
+                )
             self.done_bytes += slab.nbytes
             self.progress(self.done_bytes, self.total_bytes)
 

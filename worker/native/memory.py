@@ -74,12 +74,13 @@ class Need:
             )
 
     def _ways_out(self) -> list[str]:
+        asked = [f"less {self.kv_reason.split()[1]}"] if self.kv_reason.startswith("as --") else []
+        if asked and self.spare_bytes() > 0:
+            return asked  # the weights are not what is too large
         ways = ["a smaller model"]
         if self.dtype == "float32":
             ways.append("--dtype bfloat16")
-        if self.kv_reason.startswith("of --"):
-            ways.append(f"less {self.kv_reason.split()[1]}")
-        return ways
+        return ways + asked
 
 
 def plan_memory(decoder: DecoderConfig, stored_dtype: str, name: str, wanted: WorkerConfig) -> MemoryPlan:
@@ -123,9 +124,9 @@ def _check_serves(shape: ModelShape, context_tokens: int, kv_cache_bytes: int) -
 def _kv_need(shape: ModelShape, context_tokens: int, wanted: WorkerConfig) -> tuple[float, str]:
     """The least KV cache to start with, and of what it is."""
     if wanted.kv_cache_bytes:
-        return wanted.kv_cache_bytes, "of --kv-cache"
+        return wanted.kv_cache_bytes, "as --kv-cache asks"
     if wanted.context_tokens:
-        return shape.kv_bytes(max(context_tokens, LEAST_CACHE_TOKENS)), f"of --context {context_tokens:,}"
+        return shape.kv_bytes(max(context_tokens, LEAST_CACHE_TOKENS)), f"as --context {context_tokens:,} asks"
     tokens = max(min(context_tokens, USEFUL_CONTEXT_TOKENS), LEAST_CACHE_TOKENS)
     return shape.kv_bytes(tokens), f"of {tokens:,} tokens"
 
