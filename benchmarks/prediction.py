@@ -88,7 +88,7 @@ class Recorder(Meter):
     """The worker's meter, which also keeps the errors."""
 
     def __init__(self, built: Built, errors: Errors) -> None:
-        super().__init__(built.gate, built.peak_flops)
+        super().__init__(built.gate)
         self._errors = errors
 
     def step(self, report: StepReport, now: float) -> None:

@@ -40,7 +40,6 @@ class Built:
     engine: Engine
     gate: Gate
     info: WorkerInfo
-    peak_flops: float
 
 
 def build(config: WorkerConfig) -> Built:
@@ -150,7 +149,7 @@ def _assemble(
         random_weights=files.is_random,
         vocabulary=shape.vocabulary,
     )
-    return Built(engine, gate, info, cost.device.flops_per_second)
+    return Built(engine, gate, info)
 
 
 def _limits(config: WorkerConfig, shape: ModelShape) -> Limits:

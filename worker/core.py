@@ -145,7 +145,7 @@ class Core:
     def __init__(self, link: EngineLink, built: Built) -> None:
         self.link = link
         self.gate: Gate = built.gate
-        self.meter = Meter(built.gate, built.peak_flops)
+        self.meter = Meter(built.gate)
         self.stepper = Stepper(built.engine, link)
         self.outbox = Outbox(link, built.info.coalesce_seconds)
         self._eos_ids = frozenset(built.info.eos_ids)

@@ -33,9 +33,8 @@ WINDOW_SECONDS = 1.0  # over which the live rates are averaged
 class Meter:
     """Counters, and histograms as [counts per bucket, sum]; keys are family names with label values behind a slash."""
 
-    def __init__(self, gate: Gate, dtype_peak_flops: float) -> None:
+    def __init__(self, gate: Gate) -> None:
         self._gate = gate
-        self._peak_flops = dtype_peak_flops
         self._counters: dict[str, float] = {}
         self._histograms: dict[str, tuple[list[int], list[float]]] = {}
         self._recent: deque[tuple[float, StepReport]] = deque()
@@ -104,7 +103,7 @@ class Meter:
             "limit_bandwidth_bytes_per_second": cost.limit.bytes_per_second,
             "limit_flops_per_second": cost.limit.device.flops_per_second,
         }
-        return gauges | _measured(cost.device) | _utilization(reports, cost, self._peak_flops)
+        return gauges | _measured(cost.device) | _utilization(reports, cost)
 
     def _count(self, key: str, amount: float = 1.0) -> None:
         self._counters[key] = self._counters.get(key, 0.0) + amount
@@ -129,7 +128,7 @@ def _measured(device: Device) -> dict[str, float]:
     )
 
 
-def _utilization(reports: list[StepReport], cost: CostModel, peak_flops: float) -> dict[str, float]:
+def _utilization(reports: list[StepReport], cost: CostModel) -> dict[str, float]:
     """Of the steps of the last second: what they achieved against what the device can do, while it was busy."""
     busy = sum(report.measured_seconds for report in reports)
     moved = sum(sum(report.bytes_moved.values()) for report in reports)
@@ -137,7 +136,7 @@ def _utilization(reports: list[StepReport], cost: CostModel, peak_flops: float) 
     budgets = [report for report in reports if report.budget_seconds != float("inf")]
     return {
         "bandwidth_utilization_ratio": moved / busy / cost.limit.bytes_per_second if busy else 0.0,
-        "compute_utilization_ratio": flops / busy / peak_flops if busy else 0.0,
+        "compute_utilization_ratio": flops / busy / cost.device.flops_per_second if busy else 0.0,
         "limit_ratio": sum(report.limit_seconds for report in reports) / busy if busy else 0.0,
         "arithmetic_intensity_flops_per_byte": flops / moved if moved else 0.0,
         "bandwidth_budget_ratio": max((r.measured_seconds / r.budget_seconds for r in budgets), default=0.0),

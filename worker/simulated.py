@@ -2,12 +2,11 @@
 
 A laptop shows with it how a GPU behaves under load. Text is one fixed sentence, over and over; how long an answer becomes
 is drawn from a heavy-tailed distribution, seeded by the request. Of what shapes a draw `min_tokens` alone is heeded: no
-answer ends before. Log probabilities are made up: every token had 9 chances in 10, others of the sentence share the rest.
+answer ends before. It has no log probabilities to tell; the gateway refuses who asks.
 """
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from scheduler.batch import Entry, StepPlan
 from scheduler.hardware import CATALOGUE, Device, device_from_json
-from scheduler.messages import Logprobs, Request
+from scheduler.messages import Request
 from scheduler.model import SHAPES, ModelShape
 from scheduler.roofline import step_cost, step_work
 from worker.engine import StepResult
@@ -29,7 +28,6 @@ SENTENCE = (
 DEFAULT_SHAPE = "llama-3.1-8b"
 MEDIAN_TOKENS = 180  # of answers; sigma 1.0 puts the mean near 300 and one in a hundred above 1,800
 SIGMA = 1.0
-CHANCE = 0.9  # that a token is said to have had
 MEMORY_SHARE = 0.92  # of the device's memory, for weights and KV together
 
 
@@ -37,7 +35,6 @@ MEMORY_SHARE = 0.92  # of the device's memory, for weights and KV together
 class Answer:
     """A sequence: how long its answer will be, and how far it is."""
 
-    request: Request
     tokens: int
     ends: bool  # with an end-of-sequence token; otherwise it goes on until somebody stops it
     given: int  # in an earlier run too
@@ -77,16 +74,13 @@ class SimulatedEngine:
             self._answers[request.key] = self._answer(request)
         if plan.entries:
             self._take_time(plan.entries)
-        delivering = [entry.key for entry in plan.entries if entry.delivers]
-        tokens = {key: [self._next_token(key)] for key in delivering}
-        asked = [key for key in delivering if self._answers[key].request.logprobs is not None]
-        return StepResult(tokens, {key: self._logprobs(self._answers[key], tokens[key]) for key in asked})
+        return StepResult({entry.key: [self._next_token(entry.key)] for entry in plan.entries if entry.delivers})
 
     def _answer(self, request: Request) -> Answer:
         prompt_tokens = len(request.prompt) - request.resumed_tokens
         rng = random.Random(f"{self._seed}/{request.sampling.seed}/{prompt_tokens}")
         tokens = max(2, round(rng.lognormvariate(0.0, SIGMA) * MEDIAN_TOKENS), request.sampling.min_tokens + 1)
-        return Answer(request, tokens, self._eos_id in request.stop_ids, request.resumed_tokens)
+        return Answer(tokens, self._eos_id in request.stop_ids, request.resumed_tokens)
 
     def _take_time(self, entries: Sequence[Entry]) -> None:
         """Sleeps until the device would be done. The loop's own work is part of the host seconds, not added to them."""
@@ -103,18 +97,6 @@ class SimulatedEngine:
         if answer.ends and answer.given >= answer.tokens:
             return self._eos_id
         return self._sentence[(answer.given - 1) % len(self._sentence)]
-
-    def _logprobs(self, answer: Answer, drawn: list[int]) -> list[Logprobs]:
-        request = answer.request
-        wants_prompt = request.prompt_logprobs and answer.given == 1
-        told = [*request.prompt[1:], *drawn] if wants_prompt else drawn
-        return [self._made_up(token, request.logprobs or 0) for token in told]
-
-    def _made_up(self, token: int, count: int) -> Logprobs:
-        others = [other for other in sorted(set(self._sentence)) if other != token]
-        chances = [(1 - CHANCE) / 2**place for place in range(1, count)]
-        likeliest = [(token, CHANCE), *zip(others, chances, strict=False)][:count]
-        return [(one, round(math.log(chance), 6)) for one, chance in [(token, CHANCE), *likeliest]]
 
 
 def find_device(name: str) -> Device:

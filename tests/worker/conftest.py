@@ -82,7 +82,7 @@ def build_with(engine: Any, coalesce_seconds: float = 0.0, capacity_bytes: float
     info = WorkerInfo(
         "tiny", "v1", 1, 4096, 4095, (EOS,), "{}", None, {}, names, "fake", "fp-fake", coalesce_seconds=coalesce_seconds
     )
-    return Built(engine, gate, info, DEVICE.flops_per_second)
+    return Built(engine, gate, info)
 
 
 def request(id: int, gateway: int = 7, prompt: tuple[int, ...] = (100,), max_tokens: int = 4, **fields: Any) -> Request:

@@ -39,7 +39,7 @@ def ended(**fields: Any) -> Ended:
 
 @pytest.fixture
 def meter(tools: Any) -> Meter:
-    return Meter(tools.build_with(None).gate, tools.DEVICE.flops_per_second)
+    return Meter(tools.build_with(None).gate)
 
 
 def rendered(meter: Meter, now: float = 1.0) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def test_what_was_measured_of_the_machine_is_told(tools: Any) -> None:
         call_seconds=2e-6,
     )
     built.gate.cost = CostModel(measured, tools.SHAPE)
-    families = rendered(Meter(built.gate, measured.flops_per_second))
+    families = rendered(Meter(built.gate))
     assert samples(families, "headgate_measured_bandwidth_bytes_per_second") == {("memory",): 1e9, ("weights",): 9e8}
     assert samples(families, "headgate_measured_flops_per_second") == {("bfloat16",): 3e11, ("float32",): 9e10}
     assert samples(families, "headgate_measured_call_seconds")[()] == 2e-6
@@ -140,7 +140,7 @@ def test_what_was_measured_of_the_machine_is_told(tools: Any) -> None:
 
 def test_the_limit_is_that_of_the_fastest_step_once_one_was_faster_than_the_probe(tools: Any) -> None:
     gate = tools.build_with(None).gate
-    meter = Meter(gate, tools.DEVICE.flops_per_second)
+    meter = Meter(gate)
     work = decode_work(tools.SHAPE, 1, 0.0)
     gate.cost.observe(work, gate.cost.limit.seconds(work) / 2)
     gauges = meter.state(now=1.0)["gauges"]

@@ -196,24 +196,6 @@ def test_a_resumed_answer_goes_on_where_it_was(clock: Clock) -> None:
     assert answer(engine, 1) == expected[17:]
 
 
-def test_log_probabilities_are_made_up_for_who_asks(clock: Clock) -> None:
-    engine = an_engine(clock)
-    asked = Request(1, 0, [5, 6, 7], 100, logprobs=3, prompt_logprobs=True)
-    silent = Request(2, 0, [5], 100)
-    alone = Request(3, 0, [5], 100, logprobs=0)
-    entries = tuple(Entry(key, Kind.PREFILL, 0, count, True) for key, count in ((1, 3), (2, 1), (3, 1)))
-    result = engine.run(StepPlan(entries, (asked, silent, alone)))
-    assert [[token for token, _ in row] for row in result.logprobs[1]] == [
-        [6, 6, 10, 11],
-        [7, 7, 10, 11],
-        [10, 10, 11, 12],
-    ]
-    for row in result.logprobs[1]:
-        assert [value for _, value in row] == pytest.approx([-0.105361, -0.105361, -2.995732, -3.688879])
-    assert result.logprobs[3] == [[(10, -0.105361)]] and 2 not in result.logprobs
-    assert len(engine.run(StepPlan((Entry(1, Kind.DECODE, 3, 1, True),))).logprobs[1]) == 1
-
-
 def test_what_is_stopped_is_forgotten_and_unknown_keys_do_no_harm(clock: Clock) -> None:
     engine = an_engine(clock)
     start(engine, 1)

@@ -34,7 +34,7 @@ def logprobs_of(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) ->
                 rows[i] += likeliest(best[i], ids[i], place)
             else:
                 rows[i] += likeliest(told[i, :vocab].cpu().numpy(), np.arange(vocab), place)
-    return [[(token, round(max(value, LEAST), 6)) for token, value in row] for row in rows]
+    return [[(token, max(value, LEAST)) for token, value in row] for row in rows]
 
 
 def likeliest(values: np.ndarray, ids: np.ndarray, count: int) -> list[tuple[int, float]]:
