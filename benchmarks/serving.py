@@ -64,7 +64,7 @@ class Serving:
     def start_gateway(self, module: str = "headgate") -> Server:
         """`module` runs it: the product, or a usual gateway in its place."""
         api = listen()
-        config = {"worker_socket": self._socket, "drain_seconds": 0.0}
+        config = {"workers": [self._socket], "drain_seconds": 0.0}
         process = self._launch(module, "gateway", json.dumps(config), [api])
         return Server(process, api.getsockname()[1], [process.pid, self.front.pid])
 

@@ -134,7 +134,7 @@ def create_app(worker_socket: str) -> FastAPI:
 def main(arguments: list[str]) -> None:
     launch = Launch(**json.loads(arguments[0]))
     watch(launch.lifeline_fd, launch.folder)
-    app = create_app(json.loads(launch.config)["worker_socket"])
+    app = create_app(json.loads(launch.config)["workers"][0])
     server = uvicorn.Server(uvicorn.Config(app, access_log=False, log_level="warning"))
     server.run(sockets=[socket.socket(fileno=launch.socket_fds[0])])
 

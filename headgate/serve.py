@@ -9,17 +9,17 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from headgate.settings import ConfigurationError, Settings, read_settings
+from headgate.settings import ConfigurationError, Settings, exposure_faults, read_settings
 from headgate.supervisor import Sockets, Supervisor
 
 
 def main(arguments: Sequence[str]) -> int:
     faults: list[str] = []
     try:
-        settings = read_settings(arguments, os.environ)
+        settings = read_settings("serve", arguments, os.environ)
     except ConfigurationError as error:
         faults, settings = error.faults, error.settings
-    faults += model_faults(settings)
+    faults += exposure_faults(settings, has_keys=False) + model_faults(settings)
     if faults:
         print(
             "headgate: the configuration cannot be used:",

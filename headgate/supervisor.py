@@ -108,7 +108,7 @@ class Supervisor:
         return self._spawn("worker", config.encode(), [self._sockets.worker, self._sockets.metrics])
 
     def _start_gateway(self) -> subprocess.Popen[bytes]:
-        config = {"worker_socket": str(self._folder / "worker"), "drain_seconds": self._settings.drain_seconds}
+        config = {"workers": [str(self._folder / "worker")], "drain_seconds": self._settings.drain_seconds}
         return self._spawn("gateway", json.dumps(config), [self._sockets.api])
 
     def _spawn(self, verb: str, config: str, sockets: list[socket.socket]) -> subprocess.Popen[bytes]:

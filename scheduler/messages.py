@@ -429,7 +429,7 @@ class WorkerInfo:
     tokenizer_json: str
     chat_template: str | None
     special_tokens: dict[str, str]  # bos_token, eos_token, … as the template expects them
-    tiers: tuple[str, ...]
+    tier_wait_seconds: dict[str, float]  # the tiers, and how long a request of each may wait for its first step
     engine: str  # native | simulated
     fingerprint: str
     coalesce_seconds: float = 0.0
@@ -448,7 +448,7 @@ class WorkerInfo:
     def decode(cls, body: bytes) -> WorkerInfo:
         data = json.loads(body)
         values = {f.name: data[f.name] for f in fields(cls) if f.name in data}
-        return cls(**{**values, "eos_ids": tuple(values["eos_ids"]), "tiers": tuple(values["tiers"])})
+        return cls(**{**values, "eos_ids": tuple(values["eos_ids"])})
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,12 @@ from dataclasses import dataclass
 class GatewayConfig:
     """Read once, passed down, never changed. Everything below the socket has a measured or reasoned default."""
 
-    worker_socket: str
+    workers: tuple[str, ...]  # a Unix socket's path, or HOST:PORT
+    secret: str = ""  # which workers on TCP want to be told
     version: str = "0"
+    data: str = ""  # the folder of keys; without one there are none, and never will be
+    config_file: str = ""  # whose tenants are read, now and when they may have changed
+    is_exposed: bool = False  # without keys, too, other machines may use the API
     body_limit_bytes: int = 8 << 20
     bodies_limit_bytes: int = (
         512 << 20

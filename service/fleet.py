@@ -45,7 +45,7 @@ class Fleet:
     def __init__(self, config: GatewayConfig) -> None:
         gateway = 1 + secrets.randbelow(0xFFFFFFFE)  # neither 0 nor 0xFFFFFFFF
         self._client = WorkerClient(
-            config.worker_socket,
+            config.workers[0],
             gateway,
             self._learn,
             connections=config.worker_connections,

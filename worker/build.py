@@ -137,7 +137,7 @@ def _assemble(
         tokenizer_json=files.tokenizer_json,
         chat_template=files.chat_template,
         special_tokens=files.special_tokens,
-        tiers=tuple(tier.name for tier in tiers),
+        tier_wait_seconds={tier.name: tier.max_wait_seconds for tier in tiers},
         engine=config.engine,
         fingerprint=f"hg-{config.engine}-{files.digest[:8]}" + ("-random-weights" if files.is_random else ""),
         coalesce_seconds=min(COALESCE_SECONDS, strictest / 2),

@@ -42,7 +42,7 @@ def test_the_supervisor_imports_no_framework(module: str) -> None:
 
 
 def test_checking_the_model_imports_no_framework() -> None:
-    code = "from headgate import serve, settings\nassert serve.model_faults(settings.read_settings({}, {{}})) == []"
+    code = 'from headgate import serve, settings\nassert serve.model_faults(settings.read_settings("serve", {}, {{}})) == []'
     assert imported_by(code.format([])) == []
     assert imported_by(code.format(["--engine", "simulated"])) == []
 
@@ -156,7 +156,7 @@ def test_a_worker_that_cannot_start_ends_the_command_with_its_sentence_and_statu
 
 
 def test_bound_sockets_are_listening_and_on_loopback(tmp_path: Path) -> None:
-    settings = read_settings(["--port", "0", "--engine", "simulated"], {})
+    settings = read_settings("serve", ["--port", "0", "--engine", "simulated"], {})
     sockets = serve.bind(settings, tmp_path)
     for listener in (sockets.api, sockets.metrics):
         with listener:

@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 
-from headgate.settings import ALL_OPTIONS, ConfigurationError, Settings, is_loopback, read_settings
+from headgate.settings import (
+    ALL_OPTIONS,
+    ConfigurationError,
+    Option,
+    Settings,
+    exposure_faults,
+    is_loopback,
+    read_settings,
+)
 
 # one value per option that is not its default: as text, and as what it becomes
 VALUES: dict[str, tuple[str, Any]] = {
@@ -25,16 +33,29 @@ VALUES: dict[str, tuple[str, Any]] = {
     "max_waiting": ("0", 0),
     "host": ("127.0.0.2", "127.0.0.2"),
     "port": ("0", 0),
+    "published": ("192.0.2.1", "192.0.2.1"),
+    "gateway_metrics": ("[::1]:9100", ("::1", 9100)),
     "metrics_port": ("9101", 9101),
+    "listen": ("0.0.0.0:9001", ("0.0.0.0", 9001)),
     "insecure": ("true", True),
+    "workers": ("gpu-1:9000, gpu-2:9000", (("gpu-1", 9000), ("gpu-2", 9000))),
+    "secret_file": ("secret", "secret"),
+    "data": ("state", "state"),
     "drain_seconds": ("1.5", 1.5),
 }
+VERBS = ("serve", "gateway", "worker")
 
 
 def faults_of(arguments: list[str], environ: dict[str, str] | None = None) -> list[str]:
     with pytest.raises(ConfigurationError) as raised:
-        read_settings(arguments, environ or {})
+        read_settings("serve", arguments, environ or {})
     return str(raised.value).splitlines()
+
+
+def verb_of(name: str) -> str:
+    """One that takes the option."""
+    option: Option = next(option for option in ALL_OPTIONS if option.name == name)
+    return next(verb for verb in VERBS if verb in option.verbs)
 
 
 def a_file(folder: Path, text: str) -> str:
@@ -44,7 +65,8 @@ def a_file(folder: Path, text: str) -> str:
 
 
 def test_nothing_given_means_every_default() -> None:
-    assert read_settings([], {}) == Settings(**{option.name: option.default for option in ALL_OPTIONS})
+    defaults = Settings(**{option.name: option.default for option in ALL_OPTIONS}, config="")
+    assert all(read_settings(verb, [], {}) == defaults for verb in VERBS)
 
 
 def test_the_values_of_these_tests_cover_every_option() -> None:
@@ -55,46 +77,46 @@ def test_the_values_of_these_tests_cover_every_option() -> None:
 @pytest.mark.parametrize("name", VALUES)
 def test_an_option_can_be_a_flag(name: str) -> None:
     text, value = VALUES[name]
-    assert getattr(read_settings(["--" + name.replace("_", "-"), text], {}), name) == value
+    assert getattr(read_settings(verb_of(name), ["--" + name.replace("_", "-"), text], {}), name) == value
 
 
 @pytest.mark.parametrize("name", VALUES)
 def test_an_option_can_be_a_variable(name: str) -> None:
     text, value = VALUES[name]
-    assert getattr(read_settings([], {"HEADGATE_" + name.upper(): text}), name) == value
+    assert getattr(read_settings(verb_of(name), [], {"HEADGATE_" + name.upper(): text}), name) == value
 
 
 @pytest.mark.parametrize("name", VALUES)
 def test_an_option_can_be_a_key_of_the_file(name: str, tmp_path: Path) -> None:
     text, value = VALUES[name]
     config = a_file(tmp_path, f'{name} = "{text}"')
-    assert getattr(read_settings(["--config", config], {}), name) == value
+    assert getattr(read_settings(verb_of(name), ["--config", config], {}), name) == value
 
 
 def test_the_file_takes_plain_numbers_switches_and_dashes(tmp_path: Path) -> None:
     config = a_file(tmp_path, "port = 9000\ninsecure = true\ndrain-seconds = 2.5\nkv-cache = 1000000\n")
-    settings = read_settings(["--config", config], {})
+    settings = read_settings("serve", ["--config", config], {})
     assert (settings.port, settings.insecure, settings.drain_seconds, settings.kv_cache) == (9000, True, 2.5, 1000000)
 
 
 def test_the_file_can_be_named_by_a_variable(tmp_path: Path) -> None:
-    assert read_settings([], {"HEADGATE_CONFIG": a_file(tmp_path, "port = 9000")}).port == 9000
+    assert read_settings("serve", [], {"HEADGATE_CONFIG": a_file(tmp_path, "port = 9000")}).port == 9000
 
 
 def test_the_command_line_wins_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
     config = a_file(tmp_path, "port = 1\nthreads = 1\ncontext = 1\n")
     environ = {"HEADGATE_CONFIG": config, "HEADGATE_PORT": "2", "HEADGATE_THREADS": "2"}
-    settings = read_settings(["--port", "3"], environ)
+    settings = read_settings("serve", ["--port", "3"], environ)
     assert (settings.port, settings.threads, settings.context) == (3, 2, 1)
 
 
 def test_a_fault_of_a_losing_source_does_not_matter() -> None:
-    assert read_settings(["--port", "3"], {"HEADGATE_PORT": "many"}).port == 3
+    assert read_settings("serve", ["--port", "3"], {"HEADGATE_PORT": "many"}).port == 3
 
 
 def test_a_switch_needs_no_value() -> None:
-    assert read_settings(["--insecure"], {}).insecure
-    assert not read_settings(["--insecure", "false"], {"HEADGATE_INSECURE": "true"}).insecure
+    assert read_settings("serve", ["--insecure"], {}).insecure
+    assert not read_settings("serve", ["--insecure", "false"], {"HEADGATE_INSECURE": "true"}).insecure
 
 
 def test_an_empty_variable_does_not_switch_protection_off() -> None:
@@ -118,7 +140,7 @@ def test_an_empty_variable_does_not_switch_protection_off() -> None:
     ],
 )
 def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
-    assert read_settings(["--kv-cache", text], {}).kv_cache == size
+    assert read_settings("serve", ["--kv-cache", text], {}).kv_cache == size
 
 
 @pytest.mark.parametrize(
@@ -165,10 +187,39 @@ def test_a_file_that_cannot_be_read_is_a_fault(tmp_path: Path) -> None:
     assert faults_of(["--config", broken])[0].startswith(f"{broken}: not TOML: ")
 
 
-def test_beyond_loopback_only_with_insecure() -> None:
-    (fault,) = faults_of(["--host", "0.0.0.0"])
-    assert fault.startswith("--host 0.0.0.0: ") and "--insecure" in fault
-    assert read_settings(["--host", "0.0.0.0", "--insecure"], {}).host == "0.0.0.0"
+@pytest.mark.parametrize("option", ["--host", "--published"])
+def test_beyond_loopback_only_with_keys_or_insecure(option: str) -> None:
+    settings = read_settings("serve", [option, "0.0.0.0"], {})
+    (fault,) = exposure_faults(settings, has_keys=False)
+    assert fault.startswith(f"{option} 0.0.0.0: ") and "--insecure" in fault and "headgate keys create" in fault
+    assert exposure_faults(settings, has_keys=True) == []
+    assert exposure_faults(read_settings("serve", [option, "0.0.0.0", "--insecure"], {}), has_keys=False) == []
+
+
+def test_what_counts_is_the_address_that_a_container_is_published_on() -> None:
+    settings = read_settings("gateway", ["--host", "0.0.0.0", "--published", "127.0.0.1"], {})
+    assert exposure_faults(settings, has_keys=False) == []
+
+
+def test_tenants_are_checked_with_everything_else(tmp_path: Path) -> None:
+    good = a_file(tmp_path, "port = 1\n[tenants.acme]\nrequests_per_minute = 60\n")
+    assert read_settings("serve", ["--config", good], {}).config == good
+    bad = a_file(tmp_path, "[tenants.acme]\nrequests_per_minute = 0\nspeed = 1\n")
+    assert sorted(faults_of(["--config", bad])) == [
+        f"{bad}: tenants.acme.requests_per_minute: must be a whole number from 1, not 0",
+        f"{bad}: tenants.acme.speed: there is no such limit",
+    ]
+
+
+def test_a_file_may_list_workers(tmp_path: Path) -> None:
+    config = a_file(tmp_path, 'workers = ["gpu-1:9000", "[::1]:9000"]')
+    assert read_settings("gateway", ["--config", config], {}).workers == (("gpu-1", 9000), ("::1", 9000))
+
+
+def test_a_verb_refuses_flags_of_another_but_not_their_variables() -> None:
+    with pytest.raises(ConfigurationError, match="--model=x: there is no such option"):
+        read_settings("gateway", ["--model=x"], {})
+    assert read_settings("gateway", [], {"HEADGATE_MODEL": "x"}).model == "headgate-demo"
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
@@ -191,24 +242,25 @@ def test_random_weights_beside_a_model_or_a_simulated_engine_are_a_contradiction
     assert "--random-weights c.json" in fault and "--model wall" in fault
     (fault,) = faults_of(["--random-weights", "c.json", "--engine", "simulated"])
     assert "the simulated engine has no weights" in fault
-    assert read_settings([], {"HEADGATE_RANDOM_WEIGHTS": ""}).random_weights == ""
+    assert read_settings("serve", [], {"HEADGATE_RANDOM_WEIGHTS": ""}).random_weights == ""
 
 
 @pytest.mark.parametrize("columns", ["60", "80", "200"])
-def test_help_mentions_every_option(
-    columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_mentions_every_option_of_the_verb(
+    verb: str, columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     with pytest.raises(SystemExit) as ended:
-        read_settings(["--help"], {})
+        read_settings(verb, ["--help"], {})
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    assert [option.flag for option in ALL_OPTIONS if f"  {option.flag}" not in text] == []
-    assert "--config" in text and "HEADGATE_KV_CACHE" in text and "examples:" in text
+    assert all((f"  {option.flag} " in text) == (verb in option.verbs) for option in ALL_OPTIONS)
+    assert "--config" in text and "HEADGATE_KV_CACHE" in text and "example" in text
     assert all(len(line) <= max(116, int(columns)) for line in text.splitlines())
 
 
 def test_an_unknown_flag_an_abbreviation_and_a_stray_word_are_refused() -> None:
     for argument in ("--colour=red", "--por=1", "stray"):
         with pytest.raises(ConfigurationError, match=argument):
-            read_settings([argument], {})
+            read_settings("serve", [argument], {})

@@ -245,7 +245,18 @@ def test_a_snapshot_comes_back_as_a_frame(snapshot: Snapshot) -> None:
 
 def test_what_a_worker_says_of_itself_comes_back() -> None:
     info = WorkerInfo(
-        "m", "v", 1, 2048, 2000, (1, 2), "{}", None, {"bos_token": "<s>"}, ("default", "flex"), "native", "f"
+        "m",
+        "v",
+        1,
+        2048,
+        2000,
+        (1, 2),
+        "{}",
+        None,
+        {"bos_token": "<s>"},
+        {"default": 60.0, "flex": math.inf},
+        "native",
+        "f",
     )
     assert WorkerInfo.decode(info.encode()) == info
     assert WorkerInfo.decode(json.dumps({**json.loads(info.encode()), "unknown": 1}).encode()) == info

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -46,7 +47,7 @@ def worker_info(tokenizer: Tokenizer) -> WorkerInfo:
         tokenizer_json=tokenizer.to_str(),
         chat_template=TEMPLATE,
         special_tokens={"eos_token": "<|im_end|>"},
-        tiers=("default", "flex", "priority"),
+        tier_wait_seconds={"default": 60.0, "flex": math.inf, "priority": 2.0},
         engine="scripted",
         fingerprint="fp_scripted",
     )

@@ -107,9 +107,7 @@ class Gateway:
         self.port = self.sock.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.http = httpx.Client(base_url=self.url, timeout=PATIENCE_SECONDS)
-        self.server = create_server(
-            GatewayConfig(worker_socket=self.worker.path, version="1.2.3", **settings), self.sock
-        )
+        self.server = create_server(GatewayConfig(workers=(self.worker.path,), version="1.2.3", **settings), self.sock)
         self._thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.sock]})
         self._thread.start()
         self.sdk = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_SECONDS)

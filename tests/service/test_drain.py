@@ -33,7 +33,7 @@ def child(gateways):
         gateway = gateways()
         sock = socket.socket()
         sock.bind(("127.0.0.1", 0))
-        config = json.dumps({"worker_socket": gateway.worker.path, **settings})
+        config = json.dumps({"workers": [gateway.worker.path], **settings})
         process = subprocess.Popen(
             [sys.executable, "-c", CHILD, str(sock.fileno()), config],
             pass_fds=[sock.fileno()],

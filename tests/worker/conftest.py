@@ -78,9 +78,9 @@ def build_with(engine: Any, coalesce_seconds: float = 0.0, capacity_bytes: float
     """The parts of an engine process around this engine."""
     tiers = default_tiers(solo_utps=10.0)
     gate = Gate(CostModel(DEVICE, SHAPE), capacity_bytes, tiers, Limits(SHAPE.context_tokens, **limits))
-    names = tuple(tier.name for tier in tiers)
+    waits = {tier.name: tier.max_wait_seconds for tier in tiers}
     info = WorkerInfo(
-        "tiny", "v1", 1, 4096, 4095, (EOS,), "{}", None, {}, names, "fake", "fp-fake", coalesce_seconds=coalesce_seconds
+        "tiny", "v1", 1, 4096, 4095, (EOS,), "{}", None, {}, waits, "fake", "fp-fake", coalesce_seconds=coalesce_seconds
     )
     return Built(engine, gate, info)
 

@@ -238,7 +238,7 @@ def test_a_simulated_worker_is_built_from_its_configuration(capsys: pytest.Captu
     built = build(WorkerConfig(engine="simulated", hardware="h200", context_tokens=2048, served_name=""))
     assert built.info.model == "simulated-h200" and built.info.engine == "simulated"
     assert built.info.context_tokens == 2048 and built.info.max_prompt_tokens == 2047
-    assert set(built.info.tiers) == {"priority", "default", "flex", "batch"}
+    assert set(built.info.tier_wait_seconds) == {"priority", "default", "flex", "batch"}
     assert built.info.eos_ids and built.info.tokenizer_json
     said = capsys.readouterr().out
     assert "simulating llama-3.1-8b" in said and "tiers: " in said and "predicted: " in said
