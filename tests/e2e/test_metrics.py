@@ -44,6 +44,7 @@ WORKER = {
     "headgate_flops": "counter",
     "headgate_limit_ratio": "gauge",
     "headgate_limit_seconds": "counter",
+    "headgate_event_loop_stall_seconds": "histogram",
     "headgate_tier_floor_utps": "gauge",
     "headgate_tier_ttft_target_seconds": "gauge",
     "headgate_utps_slowest": "gauge",

@@ -276,3 +276,14 @@ def test_step_seconds_are_told_by_tenant_and_sum_to_the_steps(tools: Any) -> Non
     assert told.keys() == {("acme",), ("umbrella",), ("a_b",)}
     assert sum(told.values()) == pytest.approx(seconds) and min(told.values()) > 0
     assert samples(rendered(meter), "headgate_tenant_step_seconds_total") == told, "nothing is told twice"
+
+
+def test_the_fronts_event_loop_is_watched_from_the_start() -> None:
+    collector = WorkerCollector("tiny", "here")
+    for seconds in (0.0001, 0.0001, 0.3):
+        collector.stalled(seconds)
+    (family,) = (family for family in collector.collect() if family.name == "headgate_event_loop_stall_seconds")
+    counts = {sample.labels.get("le", sample.name): sample.value for sample in family.samples}
+    assert counts["0.0005"] == counts["0.2"] == 2
+    assert counts["0.5"] == counts["headgate_event_loop_stall_seconds_count"] == 3
+    assert counts["headgate_event_loop_stall_seconds_sum"] == pytest.approx(0.3002)
