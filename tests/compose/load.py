@@ -9,6 +9,7 @@ from openai import APIError, OpenAI
 
 MODELS = ("headgate-demo", "simulated-h100")
 TIERS = ("priority", "default", "flex")
+TOKENS = 600  # of an answer: some seconds, for what panels tell of requests that have run for a second
 
 
 def client(port: int, key: str = "none") -> OpenAI:
@@ -52,6 +53,6 @@ class Load:
         with client(self._port) as api:
             while not self._over.is_set():
                 try:
-                    stream_text(api, model, 100, tier)
+                    stream_text(api, model, TOKENS, tier)
                 except APIError:  # a refusal is a thing to be seen, too
                     self._over.wait(0.2)
