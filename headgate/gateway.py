@@ -11,8 +11,8 @@ from headgate.settings import Address, Settings, is_loopback
 from headgate.start import (
     address_of,
     configure,
-    end_on_sigterm,
     gateway_config,
+    heed_signals,
     listen,
     openness,
     refuse,
@@ -22,10 +22,11 @@ from headgate.start import (
 
 
 def main(arguments: Sequence[str]) -> int:
-    end_on_sigterm()
+    heed_signals()
     settings, faults = configure("gateway", arguments)
     faults += worker_faults(settings)
-    faults += openness(settings)[1]
+    wants_keys, faults_of_openness = openness(settings)
+    faults += faults_of_openness
     secret = secret_of(settings, faults)
     if faults:
         return refuse(faults)
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     say(
         f"gateway: http://{address_of(api)}/v1 in front of {', '.join(workers)} (metrics: http://{address_of(metrics)}/metrics)"
     )
-    fields: dict[str, Any] = gateway_config(settings, workers)
+    fields: dict[str, Any] = gateway_config(settings, workers, wants_keys)
     run(GatewayConfig(secret=secret, version=version("headgate"), **fields), api, metrics=metrics)
     return 0
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import pwd
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,34 +32,43 @@ class KeyBook:
         self.folder = folder
         self.now = now
 
-    def keys(self) -> list[Key]:
-        """All of them, the oldest first."""
-        with closing(SqliteObjects(self.folder)) as objects:
-            _, rows = objects.changed_since(KEYS, 0)
-        return sorted((self._decode(id, text) for id, text in rows), key=lambda key: key.created_at)
+        self._objects = SqliteObjects(folder)
+
+    def keys(self) -> tuple[list[Key], list[str]]:
+        """All of them, the oldest first; and the ids of those that cannot be read."""
+        keys, damaged = [], []
+        for id, text in self._objects.changed_since(KEYS, 0)[1]:
+            try:
+                keys.append(Key.decode(text))
+            except ValueError:
+                damaged.append(id)
+        return sorted(keys, key=lambda key: key.created_at), damaged
 
     def create(self, key: Key, whole: str) -> None:
         """`key` has no digest yet."""
         with self._alone() as log:
-            others = {other.id for other in self.keys()}  # which a new pepper would make useless
+            others = {id for id, _ in self._objects.changed_since(KEYS, 0)[1]}  # which a new pepper would make useless
             if key.id in others:  # once in billions
                 raise StoreError(f"{key.id}: there is a key with this id. Try again")
-            with log.line("create", key, {name: value for name, value in public(key).items() if value}):
-                pepper = self._pepper() if others else make_secret(self.folder / PEPPER)
+            shown = {name: value for name, value in public(key).items() if value}
+            with log.line("create", key, shown), self._pepper_for(others) as pepper:
                 self._put(replace(key, digest=digest_of(whole, pepper)))
 
-    def revoke(self, id: str) -> bool:
-        """False when it was revoked before."""
+    def revoke(self, id: str) -> tuple[bool, StoreError | None]:
+        """Whether it was good until now, and why the log has no line of it: who stole a key is not kept in by a full disk."""
         self._find(id)  # before a log is made for nothing
         with self._alone() as log:
-            key = self._find(id)
+            key, unlogged = self._find(id), None
             if key.revoked_at is None:
-                with log.line("revoke", key, {}):
-                    self._put(replace(key, revoked_at=self.now))
-            return key.revoked_at is None
+                self._put(replace(key, revoked_at=self.now))
+                try:
+                    log.write("revoke", key, {})
+                except StoreError as error:
+                    unlogged = error
+            return key.revoked_at is None, unlogged
 
-    def rotate(self, id: str, whole: str, grace_seconds: float) -> Key:
-        """`whole`: the key with its new secret."""
+    def rotate(self, id: str, whole: str, grace_seconds: float) -> tuple[Key, Key]:
+        """The key before and after. `whole`: the key with its new secret."""
         self._find(id)
         with self._alone() as log:
             key = self._find(id)
@@ -67,7 +77,7 @@ class KeyBook:
             new = rotated(key, digest_of(whole, self._pepper()), grace_seconds, self.now)
             with log.line("rotate", key, {"old_secret_until": iso(new.previous_until)}):
                 self._put(new)
-            return new
+            return key, new
 
     @contextmanager
     def _alone(self) -> Iterator[AuditLog]:
@@ -85,21 +95,27 @@ class KeyBook:
             os.close(descriptor)
 
     def _put(self, key: Key) -> None:
-        with closing(SqliteObjects(self.folder)) as objects:
-            objects.put(KEYS, key.id, key.encode())
+        self._objects.put(KEYS, key.id, key.encode())
 
     def _find(self, id: str) -> Key:
-        with closing(SqliteObjects(self.folder)) as objects:
-            text = objects.get(KEYS, id)
+        text = self._objects.get(KEYS, id)
         if text is None:
             raise NoSuchKey(f"{id}: there is no such key in {self.folder} (headgate keys list)")
-        return self._decode(id, text)
-
-    def _decode(self, id: str, text: str) -> Key:
         try:
             return Key.decode(text)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise StoreError(f"{self.folder / FILE}: the entry of key {id} is damaged") from error
+        except ValueError as error:
+            raise StoreError(f"{self.folder / FILE}: the entry of key {id} is damaged, so it is not valid") from error
+
+    @contextmanager
+    def _pepper_for(self, others: Collection[str]) -> Iterator[bytes]:
+        """A new one for the first key; it goes again if that is not made: where there is a pepper, keys are wanted."""
+        is_new = not others and make_secret(self.folder / PEPPER)
+        try:
+            yield self._pepper()
+        except BaseException:
+            if is_new:
+                (self.folder / PEPPER).unlink()
+            raise
 
     def _pepper(self) -> bytes:
         file = self.folder / PEPPER
@@ -120,22 +136,22 @@ class AuditLog:
     @contextmanager
     def line(self, action: str, key: Key, what: dict[str, Any]) -> Iterator[None]:
         """Around a change. The line comes first, so that none goes without; one that fails has a second line."""
-        self._write(action, key, what)
+        self.write(action, key, what)
         try:
             yield
         except StoreError:
             with suppress(StoreError):
-                self._write(f"{action} failed", key, {})
+                self.write(f"{action} failed", key, {})
             raise
 
-    def _write(self, action: str, key: Key, what: dict[str, Any]) -> None:
+    def write(self, action: str, key: Key, what: dict[str, Any]) -> None:
         head = {"at": iso(self._now), "action": action, "id": key.id, "tenant": key.tenant, "user": user()}
         text = json.dumps(head | what).encode() + b"\n"
         size = os.fstat(self._descriptor).st_size
         try:
             if os.write(self._descriptor, text) < len(text):
                 os.ftruncate(self._descriptor, size)  # half a line is none
-                raise StoreError(f"{self._file}: the disk is full; nothing was changed")
+                raise OSError(errno.ENOSPC, "")
             os.fsync(self._descriptor)
         except OSError as error:
             raise StoreError(f"{self._file}: {sentence(error)}") from error

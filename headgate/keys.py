@@ -16,13 +16,14 @@ from typing import Any
 from headgate.key_book import KeyBook, NoSuchKey, iso, public, state
 from headgate.settings import DESCRIPTIONS, EXAMPLES, ConfigurationError, Fault, data_folder, read_settings
 from scheduler.tiers import default_tiers
-from service.keys import NAME, NO_DIGEST, Key, Limits, id_of, mint
+from service.keys import NAME, NO_DIGEST, RESERVED, Key, Limits, id_of, mint
 from service.store import StoreError
 
 TIERS = {tier.name: tier.name for tier in default_tiers(1.0)}
 ALIASES = {"auto": "default", "scale": "default", "fast": "priority"}  # OpenAI's other names
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 MOST_SECONDS = 100 * 366 * 86400
+DAMAGED = "damaged"  # the state of a key that cannot be read, and is not valid
 MOST = 10**12  # of anything that is counted here
 
 
@@ -85,11 +86,13 @@ def create(given: argparse.Namespace, book: KeyBook, faults: list[str]) -> None:
 
 def list_keys(given: argparse.Namespace, book: KeyBook, faults: list[str]) -> None:
     stop_at(faults)
-    keys = book.keys()
+    keys, damaged = book.keys()
     if given.json:
-        print(json.dumps([public(key) | {"state": state(key, book.now)} for key in keys], indent=2))
-    elif keys:
-        print_table(("ID", "TENANT", "NAME", "CREATED", "EXPIRES", "STATE", "LIMITS"), [row(k, book.now) for k in keys])
+        shown = [public(key) | {"state": state(key, book.now)} for key in keys]
+        print(json.dumps([*shown, *({"id": id, "state": DAMAGED} for id in damaged)], indent=2))
+    elif keys or damaged:
+        rows = [row(key, book.now) for key in keys] + [(id, "-", "-", "-", "-", DAMAGED, "-") for id in damaged]
+        print_table(("ID", "TENANT", "NAME", "CREATED", "EXPIRES", "STATE", "LIMITS"), rows)
     else:
         tell(f"there are no keys in {book.folder}")
 
@@ -97,19 +100,23 @@ def list_keys(given: argparse.Namespace, book: KeyBook, faults: list[str]) -> No
 def revoke(given: argparse.Namespace, book: KeyBook, faults: list[str]) -> None:
     stop_at(faults)
     id = id_of(given.id) or given.id  # the whole key says it as well
-    was_valid = book.revoke(id)
+    was_valid, unlogged = book.revoke(id)
     tell(f"key {id} {'is revoked' if was_valid else 'was revoked before'}")
+    if unlogged:
+        tell(f"the log has no line of it: {unlogged}")
 
 
 def rotate(given: argparse.Namespace, book: KeyBook, faults: list[str]) -> None:
     grace_seconds = checked(given, "grace", duration, faults)
     stop_at(faults)
     id, whole = mint(id_of(given.id) or given.id)
-    key = book.rotate(id, whole, grace_seconds)
+    before, key = book.rotate(id, whole, grace_seconds)
     until = f"until {minute(key.previous_until)}" if grace_seconds else "no longer"
     tell(
         f"key {key.id} has a new secret, the old one is good {until}; this is the only time that the new one is shown:"
     )
+    if before.previous_until > book.now:
+        tell(f"the secret before the old one, which was good until {minute(before.previous_until)}, has ended")
     show(key, whole, given.json)
 
 
@@ -162,6 +169,8 @@ def checked(given: argparse.Namespace, name: str, parse: Callable[[str], Any], f
 def tenant(text: str) -> str:
     if not NAME.fullmatch(text):
         raise Fault("must have letters, digits, '.', '_' and '-', at most 64, and begin with a letter or a digit")
+    if text in RESERVED:
+        raise Fault(f"must be another name than {' and '.join(RESERVED)}, which mean somebody else in metrics")
     return text
 
 

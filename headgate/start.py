@@ -43,12 +43,13 @@ def openness(settings: Settings) -> tuple[bool, list[str]]:
     return wants_keys, exposure_faults(settings, wants_keys)
 
 
-def gateway_config(settings: Settings, workers: Sequence[str]) -> dict[str, object]:
+def gateway_config(settings: Settings, workers: Sequence[str], wants_keys: bool) -> dict[str, object]:
     """The fields of a GatewayConfig that are no secret."""
     return {
         "workers": workers,
         "data": data_folder(settings, os.environ),
         "config_file": settings.config,
+        "wants_keys": wants_keys,
         "is_exposed": settings.insecure,
         "drain_seconds": settings.drain_seconds,
     }
@@ -101,9 +102,13 @@ def say(line: str) -> None:
         print(f"headgate: {line}", flush=True)
 
 
-def end_on_sigterm() -> None:
-    """Until the server listens to signals itself. As the first process of a container it would not be ended otherwise."""
+def heed_signals() -> None:
+    """Until the server listens to signals itself: as the first process of a container it would not be ended otherwise.
+
+    SIGHUP asks for a reload, and ends nobody.
+    """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def show_the_log(name: str) -> None:

@@ -97,7 +97,7 @@ class Supervisor:
         return self._spawn("worker", config.encode(), [self._sockets.worker, self._sockets.metrics])
 
     def _start_gateway(self) -> subprocess.Popen[bytes]:
-        config = gateway_config(self._settings, [str(self._folder / "worker")])
+        config = gateway_config(self._settings, [str(self._folder / "worker")], self._wants_keys)
         return self._spawn("gateway", json.dumps(config), [self._sockets.api, self._sockets.gateway_metrics])
 
     def _spawn(self, role: str, config: str, sockets: list[socket.socket]) -> subprocess.Popen[bytes]:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from headgate.secret_file import secret_of
 from headgate.serve import model_faults
 from headgate.settings import Settings, is_loopback
-from headgate.start import address_of, configure, end_on_sigterm, listen, refuse, say, worker_config
+from headgate.start import address_of, configure, heed_signals, listen, refuse, say, worker_config
 
 
 def main(arguments: Sequence[str]) -> int:
-    end_on_sigterm()
+    heed_signals()
     settings, faults = configure("worker", arguments)
     faults += listening_faults(settings) + model_faults(settings)
     secret = secret_of(settings, faults)

@@ -11,12 +11,13 @@ from starlette.types import Scope
 
 from service.auth import Keyring
 from service.config import GatewayConfig
-from service.errors import not_allowed
+from service.errors import ApiError, not_allowed
 from service.keys import Key
 
 API = "/v1/"
 ADMIN = "/v1/headgate/"
 METRICS = "/metrics"
+PROBES = ("/healthz", "/readyz", METRICS)
 
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -29,14 +30,11 @@ class Access:
         self._keyring = keyring
 
     def caller(self, scope: Scope) -> Key:
-        """Raises ApiError when it may not come in."""
+        """Raises ApiError when it may not come in. What it may do here is for `check_right`: then it is known who asks."""
         headers: Headers = scope["headers"]
         if self._keyring.is_open:
             self._check_page(headers)
-        key = self._keyring.identify(headers, address_of(scope), time.time())
-        if not key.admin and is_for_admins(scope["path"]):
-            raise not_allowed("This needs an admin's key (headgate keys create --admin).", "admin_key_required")
-        return key
+        return self._keyring.identify(headers, address_of(scope), time.time())
 
     def may_stay(self, key: Key) -> bool:
         """Whether who came in with it would come in now. A new secret of a key changes nothing for them."""
@@ -47,31 +45,44 @@ class Access:
 
         Browsers always tell the host, and the origin of what could change anything.
         """
-        host = b""
-        for name, value in headers:
-            if name == b"host":
-                host = value
-                if not (self._is_exposed or is_this_machine(value)):
-                    raise not_allowed(
-                        "While there are no keys, this API is for this machine only: please call it localhost or "
-                        "127.0.0.1, or make a key (headgate keys create).",
-                        "host_not_allowed",
-                    )
+        if not self._is_exposed:
+            check_host(
+                headers,
+                "While there are no keys, this API is for this machine only: please call it localhost or 127.0.0.1, "
+                "or make a key (headgate keys create).",
+            )
+        host = next((value for name, value in headers if name == b"host"), b"")
         for name, value in headers:
             if name == b"origin" and not is_own_page(value, host):
                 raise not_allowed(
-                    "While there are no keys, web pages may not use this API. With a key (headgate keys create) they may.",
+                    "While there are no keys, pages of other sites may not use this API: please let a program call it.",
                     "origin_not_allowed",
                 )
+
+
+def check_right(key: Key, path: str) -> None:
+    """Raises ApiError when what lies there is not for this key."""
+    if not key.admin and (path.startswith(ADMIN) or path == METRICS):
+        raise not_allowed("This needs an admin's key (headgate keys create --admin).", "admin_key_required")
+
+
+def check_scraper(scope: Scope, is_local: bool) -> None:
+    """At the port for metrics, where nobody shows a key. `is_local`: it listens to this machine only. Raises ApiError."""
+    if scope["path"] not in PROBES:
+        raise ApiError(404, "Only metrics and probes are answered at this port.", code="not_found")
+    if is_local and scope["path"] == METRICS:
+        check_host(scope["headers"], "These metrics are for this machine only: please call it localhost or 127.0.0.1.")
+
+
+def check_host(headers: Headers, otherwise: str) -> None:
+    """Raises ApiError when the caller does not call this machine by a name that it alone has."""
+    if any(name == b"host" and not is_this_machine(value) for name, value in headers):
+        raise not_allowed(otherwise, "host_not_allowed")
 
 
 def is_guarded(path: str) -> bool:
     """All that generates, tells or changes something. Probes and the API's description are open."""
     return path.startswith(API) or path == METRICS
-
-
-def is_for_admins(path: str) -> bool:
-    return path.startswith(ADMIN) or path == METRICS
 
 
 def is_own_page(origin: bytes, host: bytes) -> bool:

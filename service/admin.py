@@ -37,12 +37,12 @@ class Admin:
         if kind is not None and not is_json(kind):  # a form of some web page
             raise ApiError(415, "Please send no body, or one of JSON.")
         try:
-            await self._read_again()
+            num_keys, num_tenants = await self._read_again()
         except FaultyTenants as error:
             raise invalid(f"Nothing was changed: {error}.", code="configuration_faulty") from error
         except StoreError as error:
             raise unavailable(f"The keys cannot be read: {error}.") from error
-        return {"object": "headgate.reload", "keys": len(self._keyring), "tenants": len(self._limiter.tenants)}
+        return {"object": "headgate.reload", "keys": num_keys, "tenants": num_tenants}
 
     async def listen(self) -> None:
         """The same on every SIGHUP, for ever; what is wrong is logged."""
@@ -57,14 +57,16 @@ class Admin:
             except (FaultyTenants, StoreError) as error:
                 logger.error("keys and tenants stay as they were: %s", error)
 
-    async def _read_again(self) -> None:
-        """Raises FaultyTenants or StoreError."""
+    async def _read_again(self) -> tuple[int, int]:
+        """How many keys and tenants there are. Raises FaultyTenants or StoreError."""
         async with self._turn:
             tenants = await asyncio.to_thread(read_tenants_of, self._config_file)
             await asyncio.to_thread(self._keyring.reload)
             self._limiter.tenants = tenants
             self._on_change()
-        logger.info("read again: %d keys, %d tenants with limits", len(self._keyring), len(tenants))
+        num_keys = len(self._keyring)
+        logger.info("read again: %d keys, %d tenants with limits", num_keys, len(tenants))
+        return num_keys, len(tenants)
 
 
 def read_tenants_of(config_file: str) -> Mapping[str, Limits]:

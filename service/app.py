@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
@@ -34,6 +35,14 @@ from service.metrics import Metrics
 from service.models import Models
 from service.schema import ChatRequest, CompletionRequest, documented
 
+logger = logging.getLogger(__name__)
+
+
+def tell_of_an_early_end(task: asyncio.Task[None]) -> None:
+    """A part of the gateway that is to live as long as it."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.critical("a part of the gateway has failed; please restart it", exc_info=error)
+
 
 class BareRoute(APIRoute):
     """A documented route whose endpoint reads the request itself. Solving no dependencies saves 12 µs."""
@@ -44,7 +53,7 @@ class BareRoute(APIRoute):
 
 def create_app(config: GatewayConfig) -> Door:
     """The ASGI application. It writes to connections past ASGI, so `service.server` has to serve it."""
-    keyring = Keyring.open(config.data)
+    keyring = Keyring.open(config.data, config.wants_keys)
     limiter = Limiter(MemoryCounters(), read_tenants_of(config.config_file))
     metrics = Metrics(config.version, limiter.tenants)
     bodies = Bodies(config)
@@ -58,6 +67,8 @@ def create_app(config: GatewayConfig) -> Door:
     async def life(_: FastAPI) -> AsyncIterator[None]:
         lives = (fleet.run(), health.watch_the_loop(), keyring.watch(door.end_who_may_not_stay), admin.listen())
         tasks = [asyncio.create_task(life) for life in lives]
+        for task in tasks:
+            task.add_done_callback(tell_of_an_early_end)
         yield
         for task in tasks:
             task.cancel()

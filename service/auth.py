@@ -14,10 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
 
-from service.errors import ApiError
-from service.keys import OPEN, Key, digest_of, id_of, is_it
+from service.errors import ApiError, TooManyGuesses
+from service.keys import OPEN, Key, id_of, is_it
 from service.store import (
     FILE,
     KEYS,
@@ -36,11 +35,7 @@ POLL_SECONDS = 0.5
 FAILURES = 20  # that an address may have at once …
 SECONDS_PER_FAILURE = 3.0  # … and how long until it may have one more
 MAX_ADDRESSES = 4096  # whose failures are remembered
-MAX_KNOWN = 65536  # pairs of an address and a key that was good from there
 MAX_KEY_BYTES = 512
-
-Name = TypeVar("Name")
-Value = TypeVar("Value")
 
 HOW = "Please send one as 'Authorization: Bearer YOUR_KEY'; the operator makes them with 'headgate keys create'."
 
@@ -49,9 +44,14 @@ class Keyring:
     """All keys, as they are now. Only `identify` and `current` may be called in the event loop."""
 
     def __init__(
-        self, objects: Objects, pepper: Callable[[], bytes | None], clock: Callable[[], float] = time.time
+        self,
+        objects: Objects,
+        pepper: Callable[[], bytes | None],
+        clock: Callable[[], float] = time.time,
+        *,
+        wants_keys: bool = False,
     ) -> None:
-        """`pepper` gives the secret under which keys are hashed, once there is one."""
+        """`pepper` gives the secret under which keys are hashed, once there is one. `wants_keys`: it never is open."""
         self._objects = objects
         self._read_pepper = pepper
         self._clock = clock
@@ -63,17 +63,16 @@ class Keyring:
         self._looked_at = self._next_expiry = math.inf
         self._change = 0  # the newest that is known
         self._is_loaded = False
-        self._reads_anew = False  # all of it, for the store may be another one
         self._version = 0  # grows with all that can matter to others
         self._attempts = Attempts()
-        self.is_open = True
+        self.is_open = not wants_keys
 
     @classmethod
-    def open(cls, folder: str) -> Keyring:
+    def open(cls, folder: str, wants_keys: bool = False) -> Keyring:
         """With the keys of this folder; '' has none, ever. Raises StoreError."""
         if not folder:
-            return cls(MemoryObjects(), lambda: None)
-        keyring = cls(SqliteObjects(folder), lambda: read_secret(Path(folder) / PEPPER))
+            return cls(MemoryObjects(), lambda: None, wants_keys=wants_keys)
+        keyring = cls(SqliteObjects(folder), lambda: read_secret(Path(folder) / PEPPER), wants_keys=wants_keys)
         keyring.reload()
         return keyring
 
@@ -84,16 +83,14 @@ class Keyring:
         if self.is_open:
             return OPEN
         presented = presented_in(headers)
-        digest = digest_of(presented, self._pepper)
-        self._attempts.check(address, digest, now)
         key = self._keys.get(id_of(presented))
         if not is_it(presented, key, self._pepper, now):
-            self._attempts.failed(address, now)
+            if wait_seconds := self._attempts.failed(address, now):
+                raise TooManyGuesses(wait_seconds)
             raise unauthorized("This API key is not valid here. " + HOW)
         assert key is not None
         if not key.is_valid(now):
             raise no_longer_valid(key)
-        self._attempts.succeeded(address, digest)
         return key
 
     def current(self, id: str) -> Key | None:
@@ -114,9 +111,6 @@ class Keyring:
         with self._lock:
             try:
                 changed = self._read()
-            except StoreReplaced:
-                self._reads_anew = True
-                changed = self._read()
             finally:  # keys end although the store is away
                 expired = self._newly_expired()
                 self._version += bool(expired)
@@ -136,7 +130,6 @@ class Keyring:
                     version = self._version
                     self._call(on_change)
         finally:
-            thread.submit(self._objects.close)
             thread.shutdown(wait=False)
 
     @staticmethod
@@ -151,34 +144,40 @@ class Keyring:
         """A store that cannot be read leaves the keys as they are, and is told of once. The sentence; '' when all is well."""
         try:
             self.reload()
-        except StoreError as error:
+        except Exception as error:  # whatever it is: the next revocation has to be seen
             if str(error) != trouble:
-                logger.error("keys: %s; until then the keys stay as they are", error)
+                is_bug = not isinstance(error, StoreError)
+                logger.error("keys: %s; until then the keys stay as they are", error, exc_info=is_bug)
             return str(error)
         if trouble:
             logger.info("keys: the store can be read again")
         return ""
 
     def _read(self) -> frozenset[str]:
-        anew = self._reads_anew
-        newest, rows = self._objects.changed_since(KEYS, 0 if anew else self._change)
-        if newest < self._change and not anew:  # an older copy of the store
-            self._reads_anew = True
-            return self._read()
+        """The ids of keys that are another or gone."""
+        anew = False
+        try:
+            newest, rows = self._objects.changed_since(KEYS, self._change)
+        except StoreReplaced:
+            anew = True
+            newest, rows = self._objects.changed_since(KEYS, 0)
         self._want_keys(bool(rows), anew)
+        touched = self._keys.keys() if anew else {id for id, _ in rows} & self._keys.keys()
         found = decoded(rows)
-        gone = (self._keys.keys() if anew else {id for id, _ in rows} & self._keys.keys()) - found.keys()
-        changed = {id for id in found.keys() & self._keys.keys() if found[id] != self._keys[id]}
+        gone = touched - found.keys()
+        new = {id: key for id, key in found.items() if self._keys.get(id) != key}
+        changed = gone | (new.keys() & self._keys.keys())
         if self._is_loaded:
-            self._log(found, gone)
-        if rows or anew:
-            self._take(found, gone)
-        self._change, self._reads_anew = newest, False
-        return frozenset(changed | gone)
+            self._log(new, gone)
+        if new or gone:
+            self._take(new, gone)
+        self._change = newest
+        return frozenset(changed)
 
     def _want_keys(self, some: bool, anew: bool) -> None:
         """A pepper without keys means that there were some: better nobody comes in than anybody."""
-        pepper = (b"" if anew else self._pepper) or self._read_pepper() or b""
+        read = self._read_pepper() if anew or not self._pepper else None
+        pepper = read or self._pepper
         if self.is_open and (some or pepper):
             self.is_open = False
             self._version += 1
@@ -225,8 +224,11 @@ def decoded(rows: Iterable[tuple[str, str]]) -> dict[str, Key]:
     keys = {}
     for id, text in rows:
         try:
-            keys[id] = Key.decode(text)
-        except (ValueError, TypeError, AttributeError):
+            key = Key.decode(text)
+            if key.id != id:
+                raise ValueError("it is another one's")
+            keys[id] = key
+        except ValueError:
             logger.error("key %s: its entry in the store is damaged, so it is not valid", id)
     return keys
 
@@ -276,51 +278,21 @@ def no_longer_valid(key: Key) -> ApiError:
 
 
 class Attempts:
-    """Wrong keys by address. Who had too many has to wait, but for keys that were good from there before."""
+    """Wrong keys by address. They are slowed; a right one is not, for many may share an address."""
 
     def __init__(self) -> None:
         self._owes_until: OrderedDict[str, float] = OrderedDict()  # a failure pushes it back, time passes it by
-        self._known: OrderedDict[tuple[str, str], None] = OrderedDict()  # address and digest
 
-    def check(self, address: str, digest: str, now: float) -> None:
-        """Raises ApiError 429 for a key that must not even be looked at."""
+    def failed(self, address: str, now: float) -> float:
+        """Seconds until another wrong key may come from there; 0 where this one still might."""
         block = block_of(address)
-        wait_seconds = self._owed_seconds(block, now) - (FAILURES - 1) * SECONDS_PER_FAILURE
-        if wait_seconds > 0 and (block, digest) not in self._known:
-            raise too_many(wait_seconds)
-
-    def failed(self, address: str, now: float) -> None:
-        block = block_of(address)
-        owed_seconds = self._owed_seconds(block, now) + SECONDS_PER_FAILURE
-        remember(self._owes_until, block, now + min(owed_seconds, FAILURES * SECONDS_PER_FAILURE), MAX_ADDRESSES)
-
-    def succeeded(self, address: str, digest: str) -> None:
-        remember(self._known, (block_of(address), digest), None, MAX_KNOWN)
-
-    def _owed_seconds(self, block: str, now: float) -> float:
-        owed_seconds = self._owes_until.get(block, now) - now
-        most = FAILURES * SECONDS_PER_FAILURE
-        if owed_seconds > most:  # the clock was put back
-            self._owes_until[block] = now + most
-        return min(max(0.0, owed_seconds), most)
-
-
-def remember(memory: OrderedDict[Name, Value], name: Name, value: Value, most: int) -> None:
-    """The least recently remembered is forgotten."""
-    memory[name] = value
-    memory.move_to_end(name)
-    if len(memory) > most:
-        memory.popitem(last=False)
-
-
-def too_many(wait_seconds: float) -> ApiError:
-    return ApiError(
-        429,
-        f"Too many wrong API keys came from your address. Please retry after {wait_seconds:.3g} s.",
-        type="rate_limit_exceeded",
-        code="rate_limit_exceeded",
-        retry_after_seconds=wait_seconds,
-    )
+        # at most so much: the clock may have been put back
+        owed_seconds = min(max(0.0, self._owes_until.pop(block, now) - now), FAILURES * SECONDS_PER_FAILURE)
+        wait_seconds = max(0.0, owed_seconds - (FAILURES - 1) * SECONDS_PER_FAILURE)
+        self._owes_until[block] = now + owed_seconds + (0.0 if wait_seconds else SECONDS_PER_FAILURE)
+        if len(self._owes_until) > MAX_ADDRESSES:
+            self._owes_until.popitem(last=False)  # the one that was quiet longest
+        return wait_seconds
 
 
 @lru_cache(MAX_ADDRESSES)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import orjson
@@ -83,6 +85,15 @@ class Bodies:
         self._bytes += size
         if self._bytes > self._config.bodies_limit_bytes:
             raise overloaded(Reason.QUEUE_FULL, 1.0)
+
+    @contextmanager
+    def set_aside(self, held: Held) -> Iterator[None]:
+        """While it waits for its own tenant's requests, it takes nobody else's room. (`service.slots` bounds it.)"""
+        self._bytes -= held.bytes
+        try:
+            yield
+        finally:
+            self._bytes += held.bytes
 
     def release(self, held: Held) -> None:
         """The worker has the prompt, or the request is over."""

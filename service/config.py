@@ -13,6 +13,9 @@ class GatewayConfig:
     secret: str = ""  # which workers on TCP want to be told
     version: str = "0"
     data: str = ""  # the folder of keys; without one there are none, and never will be
+    wants_keys: bool = (
+        False  # there were some at the start: whatever becomes of the folder, nobody comes in without one
+    )
     config_file: str = ""  # whose tenants are read, now and when they may have changed
     is_exposed: bool = False  # without keys, too, other machines may use the API
     body_limit_bytes: int = 8 << 20

@@ -42,7 +42,11 @@ class Taken(NamedTuple):
 
 
 class Counters(Protocol):
-    """`now` is monotonic seconds. Each call is atomic."""
+    """Each call is atomic.
+
+    `now` is the monotonic clock of the calling process, which others do not share: where several processes count together, time
+    passes by a clock of the counters' own, and `now` only says when, for the caller, a reading was taken.
+    """
 
     async def take(self, wants: Sequence[tuple[Bucket, float]], now: float) -> Taken:
         """From all the buckets or from none. An amount of 0 only reads. A bucket whose limit has changed follows here."""

@@ -5,6 +5,7 @@ It is turned away when the house is full or closing, or when its caller may not 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
@@ -15,10 +16,10 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from scheduler.messages import Reason
-from service.access import API, METRICS, Access, is_guarded
+from service.access import API, Access, check_right, check_scraper, is_guarded
 from service.body import Bodies, Held
 from service.config import GatewayConfig
-from service.errors import ApiError, key_has_ended, overloaded, shutting_down
+from service.errors import ApiError, TooManyGuesses, key_has_ended, overloaded, shutting_down
 from service.keys import OPEN, Key
 from service.limits import Allowance, Limiter
 from service.metrics import Metrics
@@ -29,8 +30,9 @@ logger = logging.getLogger(__name__)
 VISIT = "headgate.visit"
 GENERATING = frozenset({"/v1/chat/completions", "/v1/completions"})
 REFUSALS = (429, 503)
-PROBES = ("/healthz", "/readyz", METRICS)
 READY = "/readyz"  # a closing house is not ready, whatever its workers are
+GUESS_SECONDS = 1.0  # that a guessed key's answer is late
+MOST_GUESSES_HELD = 64  # others are answered at once: holding them all would cost more than it hinders
 SANE_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -51,8 +53,8 @@ class Visit:
     """One request, from its head to its last byte."""
 
     __slots__ = (
-        *("allowance", "answer", "arrived_at", "body", "code", "failure", "id", "key", "model", "outcome"),
-        *("retry_after_seconds", "status", "tier", "wire"),
+        *("allowance", "answer", "arrived_at", "body", "error", "failure", "id", "key", "model", "outcome"),
+        *("status", "tier", "wire"),
     )
 
     def __init__(self, id: bytes, wire: Wire) -> None:
@@ -64,10 +66,9 @@ class Visit:
         self.model = ""
         self.tier = ""
         self.outcome = ""
-        self.code = ""  # of the error it ended with
+        self.error: ApiError | None = None  # that it ended with
         self.status = 0  # of what was sent
         self.failure: ApiError | None = None
-        self.retry_after_seconds: float | None = None
         self.body = Held()
         self.answer: Ending | None = None
 
@@ -77,8 +78,7 @@ class Visit:
 
     def settle_error(self, error: ApiError) -> None:
         if not self.outcome:
-            self.retry_after_seconds = error.retry_after_seconds
-            self.code = error.code or ""
+            self.error = error
         self.settle(error.outcome)
 
     def fail(self, error: ApiError) -> None:
@@ -105,6 +105,13 @@ class Visit:
         return self.answer.completion_tokens if self.answer is not None else 0
 
     @property
+    def was_refused(self) -> bool:
+        """It got nothing but an error that asks it to come back: as its status, or as the first event of its stream."""
+        if self.error is None or self.error.status not in REFUSALS:
+            return False
+        return self.status in REFUSALS or not self.completion_tokens
+
+    @property
     def gone(self) -> bool:
         return self.outcome == "cancelled"
 
@@ -128,6 +135,7 @@ class Door:
         self._max_open_requests = config.max_open_requests
         self._metrics = metrics
         self._inside: set[Visit] = set()
+        self._guesses_held = 0
         self._closing = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -152,7 +160,10 @@ class Door:
         try:
             await self._let_in(visit, scope)
         except ApiError as error:
+            visit.settle_error(error)
             await self._turn_away(error, scope, receive, stamped)
+            if is_guarded(scope["path"]) and not visit.wire.is_for_metrics:
+                self._count(visit)
         else:
             await self._app(scope, receive, stamped)
 
@@ -160,43 +171,69 @@ class Door:
         """Raises ApiError."""
         path = scope["path"]
         if visit.wire.is_for_metrics:
-            if path not in PROBES:
-                raise ApiError(404, "Only metrics and probes are answered at this port.", code="not_found")
+            check_scraper(scope, visit.wire.is_local)
         elif is_guarded(path):
-            visit.key = self._access.caller(scope)
-            visit.allowance = self._limiter.allowance(visit.key)
-            await visit.allowance.look(time.monotonic())
+            allowance = await self._recognise(visit, scope)
+            await allowance.look(time.monotonic())
+            check_right(visit.key, path)
         if self._closing and (path.startswith(API) or path == READY):
             raise shutting_down()
 
-    async def _let_generate(self, visit: Visit, scope: Scope) -> None:
-        """Raises ApiError."""
-        visit.key = self._access.caller(scope)
+    async def _recognise(self, visit: Visit, scope: Scope) -> Allowance:
+        """From now on it is known who asks. Raises ApiError."""
+        try:
+            visit.key = self._access.caller(scope)
+        except TooManyGuesses:
+            await self._hold_guess()
+            raise
         visit.allowance = self._limiter.allowance(visit.key)
-        await visit.allowance.enter(time.monotonic())
-        if self._closing:
-            raise shutting_down()
-        if len(self._inside) >= self._max_open_requests:
-            raise overloaded(Reason.QUEUE_FULL, 1.0)
+        return visit.allowance
+
+    async def _hold_guess(self) -> None:
+        if self._guesses_held >= MOST_GUESSES_HELD:
+            return
+        self._guesses_held += 1
+        try:
+            await asyncio.sleep(GUESS_SECONDS)
+        finally:
+            self._guesses_held -= 1
 
     async def _generate(self, visit: Visit, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await self._let_generate(visit, scope)
+            allowance = await self._recognise(visit, scope)
         except ApiError as error:
             visit.settle_error(error)
-            await self._give_back(visit)
             await self._turn_away(error, scope, receive, send)
             self._count(visit)
             return
+        # before anything else is awaited: from now on its key may end, or its client leave
         self._inside.add(visit)
         self._metrics.requests_open += 1
         visit.wire.owner = visit
         try:
+            await self._charge(visit, allowance)
             await self._app(scope, receive, send)
+        except ApiError as error:
+            visit.settle_error(error)
+            await allowance.refund(time.monotonic())
+            await self._turn_away(error, scope, receive, send)
+        except ClientDisconnect:
+            pass  # nobody is there to be told
         finally:
             visit.wire.release(visit)
-            self._leave(visit)
-            await self._settle(visit)
+            try:
+                self._leave(visit)
+            finally:
+                await self._settle(visit, allowance)
+
+    async def _charge(self, visit: Visit, allowance: Allowance) -> None:
+        """Raises ApiError, or ClientDisconnect."""
+        await allowance.enter(time.monotonic())
+        visit.check()
+        if self._closing:
+            raise shutting_down()
+        if len(self._inside) > self._max_open_requests:
+            raise overloaded(Reason.QUEUE_FULL, 1.0)
 
     def _leave(self, visit: Visit) -> None:
         if visit.answer is not None:
@@ -212,34 +249,29 @@ class Door:
             logger.debug("request %s: 499, the client left after %.3f s", visit.id.decode(), seconds)
 
     def _count(self, visit: Visit) -> None:
-        metrics, model, tier, tenant = self._metrics, visit.model, visit.tier, visit.key.tenant
+        metrics, model, tier, tenant, error = self._metrics, visit.model, visit.tier, visit.key.tenant, visit.error
+        if model:
+            metrics.expect(model, tier, tenant)
         metrics.requests.add(model, tier, visit.outcome, tenant)
-        if visit.status in REFUSALS:
-            metrics.refusals.add(model, tier, visit.code, tenant)
-        if visit.outcome == "refused" and visit.retry_after_seconds is not None:
-            metrics.retry_after.of(model, tier).observe(visit.retry_after_seconds)
+        if error is not None and visit.was_refused:
+            metrics.refusals.add(model, tier, error.code or "", tenant)
+        if error is not None and visit.outcome == "refused" and error.retry_after_seconds is not None:
+            metrics.retry_after.of(model, tier).observe(error.retry_after_seconds)
         if visit.completion_tokens:
             metrics.completion_tokens.add(model, tier, tenant, amount=visit.completion_tokens)
 
-    async def _settle(self, visit: Visit) -> None:
-        """What was reserved becomes what was used."""
-        if visit.allowance is None:
-            return
-        visit.allowance.leave()
-        if visit.status in REFUSALS:
-            await self._give_back(visit)
-        else:
-            await visit.allowance.settle(visit.completion_tokens, time.monotonic())
-
     @staticmethod
-    async def _give_back(visit: Visit) -> None:
-        """A refused request has used nothing."""
-        if visit.allowance is not None:
-            await visit.allowance.refund(time.monotonic())
+    async def _settle(visit: Visit, allowance: Allowance) -> None:
+        """What was reserved becomes what was used. A refused request has used nothing."""
+        allowance.leave()
+        if visit.was_refused:
+            await allowance.refund(time.monotonic())
+        else:
+            await allowance.settle(visit.completion_tokens, time.monotonic())
 
     async def _turn_away(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
         response = error.response()
-        if self._closing:
+        if self._closing or isinstance(error, TooManyGuesses):
             response.headers["connection"] = "close"
         await response(scope, receive, send)
 

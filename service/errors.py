@@ -56,6 +56,19 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(400, message, param=param, code=code)
 
 
+class TooManyGuesses(ApiError):
+    """The answer to one more wrong key from an address that has shown many: it is given late, and ends the connection."""
+
+    def __init__(self, wait_seconds: float) -> None:
+        super().__init__(
+            429,
+            f"Too many wrong API keys came from your address. Please retry after {wait_seconds:.3g} s.",
+            type="rate_limit_exceeded",
+            code="rate_limit_exceeded",
+            retry_after_seconds=wait_seconds,
+        )
+
+
 def not_allowed(message: str, code: str, param: str | None = None) -> ApiError:
     """A known caller asks for what is not for them."""
     return ApiError(403, message, param=param, code=code)

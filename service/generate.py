@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import math
 import random
@@ -70,42 +71,36 @@ class Generator:
         return kind(visit, model.client, order, self.config, self.metrics)
 
     async def submit(self, visit: Visit, model: Model, answer: Answer, order: Order) -> Answer:
-        """Raises ApiError when the caller's limits or the worker refuse."""
-        if visit.allowance is not None:
-            # not before the prompt is known to be good: nobody waits in line only to hear that it is too long
-            await Turn(visit, visit.allowance).come(model.worker.tier_wait_seconds.get(visit.tier, math.inf))
-            longest = max(request.max_tokens for request in order.requests)
-            await visit.allowance.reserve(order.prompt_tokens, longest, len(order.requests), time.monotonic())
-            visit.answer = answer
-        await answer.submit(order.requests)
-        self.bodies.release(visit.body)
+        """The answer, once a worker has the order. Who has to wait in line for that gets it at once, and it ends the wait.
+
+        Raises ApiError when the caller's limits or the worker refuse.
+        """
+        visit.check()
+        allowance = visit.allowance
+        assert allowance is not None  # the door knows who is inside
+        await allowance.check_prompt(order.prompt_tokens, time.monotonic())
+        if allowance.finds_slot:
+            await allowance.slot(0)
+            await self._hand_over(visit, allowance, answer, order)
+        else:
+            answer.begins_with(functools.partial(self._wait_in_line, visit, allowance, model, answer, order))
         return answer
 
+    async def _wait_in_line(
+        self, visit: Visit, allowance: Allowance, model: Model, answer: Answer, order: Order
+    ) -> None:
+        """Raises ApiError."""
+        wait_seconds = model.worker.tier_wait_seconds.get(visit.tier, math.inf)
+        with self.bodies.set_aside(visit.body):
+            await allowance.slot(wait_seconds, visit.body.bytes)
+        await self._hand_over(visit, allowance, answer, order)
 
-class Turn:
-    """A place in the caller's own line. While a visit has it, it is what the door ends."""
-
-    completion_tokens = 0
-
-    def __init__(self, visit: Visit, allowance: Allowance) -> None:
-        self._visit = visit
-        self._allowance = allowance
-        visit.answer = self
-
-    async def come(self, wait_seconds: float) -> None:
-        """Raises ApiError when it takes longer, or what has ended the visit meanwhile."""
-        try:
-            await self._allowance.slot(wait_seconds)
-        except ApiError:
-            self._visit.check()
-            raise
-        self._visit.check()
-
-    def abandon(self, outcome: str) -> None:
-        self._allowance.leave()  # which wakes who waits
-
-    def fail(self, error: ApiError) -> None:
-        self._allowance.leave()
+    async def _hand_over(self, visit: Visit, allowance: Allowance, answer: Answer, order: Order) -> None:
+        """Raises ApiError."""
+        longest = max(request.max_tokens for request in order.requests)
+        await allowance.reserve(order.prompt_tokens, longest, len(order.requests), time.monotonic())
+        await answer.submit(order.requests)
+        self.bodies.release(visit.body)
 
 
 def model_not_allowed(model: str, allowed: Sequence[str]) -> ApiError:

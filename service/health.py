@@ -32,6 +32,8 @@ class Health:
 
     async def metrics(self) -> Response:
         """Prometheus text."""
+        for worker in self._fleet.models():
+            self._metrics.expect_model(worker.model, worker.tier_wait_seconds)
         return Response(self._metrics.render(), media_type=CONTENT_TYPE)
 
     async def watch_the_loop(self) -> None:

@@ -11,14 +11,19 @@ import hmac
 import json
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
+
+from scheduler.tenants import OTHERS
 
 PREFIX = "hg"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # of a tenant: it becomes a label of metrics
 ANYBODY = "anonymous"  # the tenant of who comes while there are no keys
+RESERVED = (ANYBODY, OTHERS)  # nobody's names: whose numbers would these be?
 NO_DIGEST = "0" * 64
+DIGEST = re.compile("[0-9a-f]{64}")
+END_OF_TIME = 253402300800.0  # the year 10000, which no date can tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +64,19 @@ class Key:
 
     @classmethod
     def decode(cls, text: str) -> Key:
-        data = json.loads(text)
-        values = {f.name: data[f.name] for f in fields(cls) if f.name in data}
-        values |= {name: tuple(values[name]) for name in ("models", "tiers") if name in values}
-        return cls(**{**values, "limits": Limits(**values.get("limits", {}))})
+        """Raises ValueError for what is no key."""
+        try:
+            data = json.loads(text)
+            values = {f.name: data[f.name] for f in fields(cls) if f.name in data}
+            values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+            key = cls(**{**values, "limits": Limits(**values.get("limits", {}))})
+        except (TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"this is no key: {error}") from error
+        check_types(key)
+        check_types(key.limits)
+        if not all(map(DIGEST.fullmatch, (key.digest, key.previous_digest))):
+            raise ValueError("a digest has 64 hexadecimal digits")
+        return key
 
     def is_valid(self, now: float) -> bool:
         """Neither revoked nor expired."""
@@ -74,6 +88,27 @@ class Key:
     def may_use_tier(self, tier: str) -> bool:
         return not self.tiers or tier in self.tiers
 
+
+def check_types(value: Key | Limits) -> None:
+    """Raises ValueError where a field holds what it never does."""
+    for f in fields(value):
+        if not FITS[str(f.type)](getattr(value, f.name)):
+            raise ValueError(f"{f.name}: must be {f.type}")
+
+
+def is_time(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < END_OF_TIME
+
+
+FITS: dict[str, Callable[[Any], bool]] = {  # by the type as a field has it
+    "str": lambda value: isinstance(value, str),
+    "bool": lambda value: isinstance(value, bool),
+    "float": is_time,
+    "float | None": lambda value: value is None or is_time(value),
+    "int | None": lambda value: value is None or (type(value) is int and value >= 1),
+    "tuple[str, ...]": lambda value: isinstance(value, tuple) and all(isinstance(part, str) for part in value),
+    "Limits": lambda value: isinstance(value, Limits),
+}
 
 OPEN = Key(id="", tenant=ANYBODY, digest=NO_DIGEST, created_at=0.0, admin=True)
 """Who comes while there are no keys: anybody on this machine, with all rights."""
@@ -136,6 +171,8 @@ def read_tenants(table: object) -> dict[str, Limits]:
 def _limits_of(name: str, values: Any, faults: list[str]) -> Limits:
     if not NAME.fullmatch(name):
         faults.append(f"tenants.{name}: a tenant's name has letters, digits, '.', '_' and '-', at most 64")
+    if name == OTHERS:
+        faults.append(f"tenants.{name}: this name stands for several tenants in metrics; choose another one")
     if not isinstance(values, Mapping):
         faults.append(f"tenants.{name}: must be a table with {', '.join(LIMIT_NAMES)}")
         return Limits()

@@ -1,8 +1,8 @@
 """What a key and its tenant may use: requests and tokens per minute, and concurrent requests.
 
-The way of one request: `Allowance.enter` charges it, `reserve` charges its prompt and the answer as predicted,
-`slot` lets it start, `settle` turns the prediction into what was generated, `leave` frees the slot. Who is refused on the
-way has used nothing: who comes back after the time told finds what was missing.
+The way of one request: `Allowance.enter` charges it, `check_prompt` refuses what never fits, `slot` lets it start, `reserve`
+charges its prompt and the answer as predicted, `settle` turns the prediction into what was generated, `leave` frees the slot.
+Who is refused on the way has used nothing: who comes back after the time told finds what was missing.
 """
 
 from __future__ import annotations
@@ -43,16 +43,8 @@ class Limiter:
         self._tenants = tenants
         self.slots.limit_tenants(tenants)
 
-    def update_keys(self, current: Callable[[str], Key | None]) -> None:
-        """Keys have changed, `current` knows them by id: their new limits hold for who waits for one of their slots."""
-        for id in self.slots.keys_inside():
-            key = current(id)
-            if key is not None:
-                self.slots.limit_key(key)
-
     def allowance(self, key: Key) -> Allowance:
         """For one request; nothing is charged yet."""
-        self.slots.limit_key(key)
         return Allowance(self, key, self._tenants.get(key.tenant, NO_LIMITS))
 
 
@@ -120,19 +112,23 @@ class Allowance:
         self._token_readings = taken.readings[len(self._requests) :]
         return taken
 
+    async def check_prompt(self, tokens: int, now: float) -> None:
+        """Before anything is waited for. Raises ApiError 429 for prompts that no wait would let in; nothing was used then."""
+        smallest = min(self._tokens, key=lambda bucket: bucket.per_minute, default=None)
+        if smallest is not None and tokens > smallest.per_minute:
+            await self.refund(now)
+            raise never_within_rate(smallest.owner, smallest.per_minute, tokens)
+
     async def reserve(self, prompt_tokens: int, max_tokens: int, choices: int, now: float) -> None:
-        """Charges the prompts (together `prompt_tokens`), and `choices` answers of at most `max_tokens` each as predicted.
+        """Charges the prompts (together `prompt_tokens`, checked), and `choices` answers of at most `max_tokens` as predicted.
 
         Raises ApiError 429; the request has then used nothing.
         """
         if not self._tokens:
             return
-        smallest = min(self._tokens, key=lambda bucket: bucket.per_minute)
-        if prompt_tokens > smallest.per_minute:
-            await self.refund(now)
-            raise never_within_rate(smallest.owner, smallest.per_minute, prompt_tokens)
         # the bucket can hold no more, and who waits for more waits for ever
-        amount = min(prompt_tokens + self._predicted(max_tokens) * choices, smallest.per_minute)
+        most = min(bucket.per_minute for bucket in self._tokens)
+        amount = min(prompt_tokens + self._predicted(max_tokens) * choices, most)
         taken = await self._counters.take([(bucket, amount) for bucket in self._tokens], now)
         self._token_readings = taken.readings
         if taken.wait_seconds > 0:
@@ -193,15 +189,21 @@ class Allowance:
 
     # --- concurrent requests
 
-    async def slot(self, wait_seconds: float) -> None:
+    @property
+    def finds_slot(self) -> bool:
+        """Whether `slot` would not have to wait."""
+        return self._limiter.slots.has_room(self._key)
+
+    async def slot(self, wait_seconds: float, bytes: int = 0) -> None:
         """One of the key's and the tenant's concurrent requests, waited for in order of arrival.
 
-        0 waits for nothing, infinity as long as it takes. Raises ApiError 429; the request has then used nothing.
+        0 waits for nothing, infinity as long as it takes. `bytes` are kept meanwhile. Raises ApiError 429; the request has
+        then used nothing.
         """
         slots = self._limiter.slots
         if self._left:
             raise await self._no_slot(slots.place(self._key))
-        place = self._place = self._place or slots.place(self._key)
+        place = self._place = self._place or slots.place(self._key, bytes)
         if place.state == "outside" and not await slots.take(place, wait_seconds):
             raise await self._no_slot(place)
 

@@ -12,7 +12,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 
+from scheduler.messages import Reason
 from scheduler.tenants import TenantLabels
+from service.keys import ANYBODY
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -46,6 +48,13 @@ TTFT_SECONDS = (
 DURATION_SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800)
 RETRY_SECONDS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300)
 STALL_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)
+
+MOST_EXPECTED_TENANTS = 20  # of the file, by name; the counts of others appear with their first request
+EXPECTED_OUTCOMES = ("ok", "refused", "error")
+EXPECTED_REASONS = (
+    *(Reason.TIME_BUDGET, Reason.KV_FOOTPRINT, Reason.TTFT_UNREACHABLE, Reason.QUEUE_FULL),
+    *("rate_limit_exceeded", "concurrency_limit"),
+)
 
 Served = tuple[str, str]  # model, tier
 
@@ -105,6 +114,7 @@ class Counts:
         self._by: dict[tuple[str, ...], int] = {}
 
     def add(self, *labels: str, amount: int = 1) -> None:
+        """An amount of 0 only shows that there is such a count."""
         *others, tenant = labels
         key = (*others, self._tenants.of(tenant))
         self._by[key] = self._by.get(key, 0) + amount
@@ -141,9 +151,28 @@ class Metrics:
         self.completion_tokens = Counts(
             "headgate_completion_tokens", "Tokens of answers that ended, whole or not", ("model", "tier"), labels
         )
+        self._tenants = sorted(tenants)[:MOST_EXPECTED_TENANTS] or [ANYBODY]
+        self._expected: set[tuple[str, str, str]] = set()
         self._version = version
         self._registry = CollectorRegistry()
         self._registry.register(self)
+
+    def expect_model(self, model: str, tiers: Iterable[str]) -> None:
+        for tier in tiers:
+            for tenant in self._tenants:
+                self.expect(model, tier, tenant)
+
+    def expect(self, model: str, tier: str, tenant: str) -> None:
+        """Shows counts of what may happen before it has: one that appears with its first event hides that event from rates."""
+        if (model, tier, tenant) in self._expected:
+            return
+        self._expected.add((model, tier, tenant))
+        for outcome in EXPECTED_OUTCOMES:
+            self.requests.add(model, tier, outcome, tenant, amount=0)
+        for reason in EXPECTED_REASONS:
+            self.refusals.add(model, tier, reason, tenant, amount=0)
+        self.prompt_tokens.add(model, tier, tenant, amount=0)
+        self.completion_tokens.add(model, tier, tenant, amount=0)
 
     def render(self) -> bytes:
         """Reads memory only."""

@@ -7,7 +7,6 @@ nobody blocks another one. Whoever may start does so at once, so there is nobody
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -16,6 +15,8 @@ from service.averages import Averages
 from service.keys import Key, Limits
 
 MAX_WAITING_PER_KEY = 256  # more are refused at once
+MAX_WAITING_PER_TENANT = 1024  # whatever number of keys it has
+MAX_WAITING_BYTES_PER_TENANT = 64 << 20  # of bodies: they are kept while their requests wait
 LONGEST_TIMER_SECONDS = 86_400.0  # who would wait longer waits as long as it takes
 UNKNOWN_HOLD_SECONDS = 1.0  # until the first slot was given back
 
@@ -33,33 +34,42 @@ class _Pool:
 
 @dataclass(slots=True, eq=False)
 class _Line(_Pool):
-    """The slots of one key, and who waits for one."""
+    """The slots of one key."""
 
-    waiting: deque[Place] = field(default_factory=deque)
+    num_waiting: int = 0
 
 
 @dataclass(slots=True, eq=False)
 class _House(_Pool):
-    """The slots of one tenant, and its keys in use."""
+    """The slots of one tenant, its keys in use, and who waits, in order of arrival."""
 
     lines: dict[str, _Line] = field(default_factory=dict)
+    waiting: dict[Place, None] = field(default_factory=dict)
 
     @property
     def num_waiting(self) -> int:
         """For one of these slots, not for one of their key."""
-        return sum(len(line.waiting) for line in self.lines.values() if line.has_room)
+        return sum(place.line.has_room for place in self.waiting)
+
+    def takes(self, place: Place) -> bool:
+        """Whether one more may wait."""
+        return (
+            len(self.waiting) < MAX_WAITING_PER_TENANT
+            and place.line.num_waiting < MAX_WAITING_PER_KEY
+            and sum(other.bytes for other in self.waiting) + place.bytes <= MAX_WAITING_BYTES_PER_TENANT
+        )
 
 
 class Place:
     """One request's: outside, in line, or holding a slot."""
 
-    __slots__ = ("answer", "house", "line", "number", "since", "state")
+    __slots__ = ("answer", "bytes", "house", "line", "since", "state")
 
-    def __init__(self, house: _House, line: _Line) -> None:
+    def __init__(self, house: _House, line: _Line, bytes: int) -> None:
         self.house = house
         self.line = line
+        self.bytes = bytes  # that are kept for it
         self.state: Literal["outside", "waiting", "holding"] = "outside"
-        self.number = 0  # in the order of arrival
         self.since = 0.0
         self.answer: asyncio.Future[None] | None = None  # comes when it need not wait any more
 
@@ -85,30 +95,16 @@ class Slots:
         self._clock = clock
         self._houses: dict[str, _House] = {}
         self._hold_seconds = Averages()
-        self._arrivals = 0
 
     @property
     def is_empty(self) -> bool:
         """Nobody is here, and nothing is remembered of anybody but how long slots were held."""
         return not self._houses
 
-    # --- limits that change
-
     def limit_tenants(self, tenants: Mapping[str, Limits]) -> None:
         self._tenants = tenants
         for name, house in self._houses.items():
             house.limit = self._limit_of(name)
-            self._hand_out(house)
-
-    def keys_inside(self) -> list[str]:
-        """The ids of the keys that hold a slot or wait for one."""
-        return [id for house in self._houses.values() for id in house.lines]
-
-    def limit_key(self, key: Key) -> None:
-        house = self._houses.get(key.tenant)
-        line = house.lines.get(key.id) if house is not None else None
-        if house is not None and line is not None and line.limit != key.limits.concurrent_requests:
-            line.limit = key.limits.concurrent_requests
             self._hand_out(house)
 
     def _limit_of(self, tenant: str) -> int | None:
@@ -117,7 +113,13 @@ class Slots:
 
     # --- one request
 
-    def place(self, key: Key) -> Place:
+    def has_room(self, key: Key) -> bool:
+        """Whether a request of this key would get a slot at once."""
+        house = self._houses.get(key.tenant)
+        line = house.lines.get(key.id) if house is not None else None
+        return (house is None or house.has_room) and (line is None or line.has_room)
+
+    def place(self, key: Key, bytes: int = 0) -> Place:
         """Outside still: `take` is to follow at once."""
         house = self._houses.get(key.tenant)
         if house is None:
@@ -125,7 +127,7 @@ class Slots:
         line = house.lines.get(key.id)
         if line is None:
             line = house.lines[key.id] = _Line(f"key {key.id}", key.limits.concurrent_requests)
-        return Place(house, line)
+        return Place(house, line, bytes)
 
     async def take(self, place: Place, wait_seconds: float) -> bool:
         """Whether it got one in that time."""
@@ -133,7 +135,7 @@ class Slots:
         if house.has_room and line.has_room:
             self._grant(place)
             return True
-        if wait_seconds <= 0 or len(line.waiting) >= MAX_WAITING_PER_KEY:
+        if wait_seconds <= 0 or not house.takes(place):
             return False
         return await self._wait(place, wait_seconds)
 
@@ -141,9 +143,8 @@ class Slots:
         loop = asyncio.get_running_loop()
         place.answer = loop.create_future()
         place.state = "waiting"
-        self._arrivals += 1
-        place.number = self._arrivals
-        place.line.waiting.append(place)
+        place.house.waiting[place] = None
+        place.line.num_waiting += 1
         ends = wait_seconds < LONGEST_TIMER_SECONDS
         timer = loop.call_later(wait_seconds, self._withdraw, place) if ends else None
         try:
@@ -174,7 +175,7 @@ class Slots:
         """What the one who got none is told. Call before `release`."""
         house, line = place.house, place.line
         pool: _Pool = house if line.has_room else line
-        num_waiting = house.num_waiting if pool is house else len(line.waiting)
+        num_waiting = house.num_waiting if pool is house else line.num_waiting
         limit = pool.limit or 1
         usual = self._hold_seconds.of(pool.owner, house.owner)
         hold_seconds = usual.mean if usual is not None else UNKNOWN_HOLD_SECONDS
@@ -194,30 +195,30 @@ class Slots:
     def _withdraw(self, place: Place) -> None:
         if place.state != "waiting":
             return
-        place.state = "outside"
-        place.line.waiting.remove(place)
+        self._leave_line(place)
         if place.answer is not None and not place.answer.done():
             place.answer.set_result(None)
 
+    def _leave_line(self, place: Place) -> None:
+        place.state = "outside"
+        place.line.num_waiting -= 1
+        del place.house.waiting[place]
+
     def _hand_out(self, house: _House) -> None:
         while house.has_room:
-            heads = [line.waiting[0] for line in house.lines.values() if line.waiting and line.has_room]
-            if not heads:
+            first = next((place for place in house.waiting if place.line.has_room), None)
+            if first is None:
                 return
-            self._call(min(heads, key=lambda place: place.number))
-
-    def _call(self, place: Place) -> None:
-        """The first in line: it may start, unless it was cancelled and only has not heard of it yet."""
-        place.line.waiting.popleft()
-        if place.answer is not None and place.answer.done():
-            place.state = "outside"
-        else:
-            self._grant(place)
+            self._leave_line(first)
+            if (
+                first.answer is not None and not first.answer.done()
+            ):  # else it was cancelled, and has not heard of it yet
+                self._grant(first)
 
     def _tidy(self, place: Place) -> None:
         """Keys and tenants without requests need no memory."""
         house, line = place.house, place.line
-        if not line.held and not line.waiting and house.lines.get(_id(line)) is line:
+        if not line.held and not line.num_waiting and house.lines.get(_id(line)) is line:
             del house.lines[_id(line)]
         if not house.lines and self._houses.get(_id(house)) is house:
             del self._houses[_id(house)]

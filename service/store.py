@@ -12,10 +12,10 @@ import secrets
 import sqlite3
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 FILE = "headgate.db"
 PEPPER = "pepper"  # the file with the secret under which keys are hashed; where it is, keys are wanted
@@ -24,9 +24,8 @@ LAYOUT = 1  # of the file's tables; a newer one is not touched
 BUSY_SECONDS = 5.0  # how long another process may hold the file
 
 CREATE = f"""
-PRAGMA journal_mode = WAL;
 BEGIN IMMEDIATE;
-CREATE TABLE IF NOT EXISTS objects (
+CREATE TABLE objects (
     kind TEXT NOT NULL, id TEXT NOT NULL, text TEXT NOT NULL, change INTEGER NOT NULL,
     PRIMARY KEY (kind, id), UNIQUE (kind, change)
 );
@@ -35,14 +34,14 @@ COMMIT;
 """
 # One statement takes the lock before it reads: two processes cannot get the same number.
 PUT = """
-INSERT INTO objects VALUES (:kind, :id, :text, (SELECT coalesce(max(change), 0) + 1 FROM objects WHERE kind = :kind))
+INSERT INTO objects
+VALUES (:kind, :id, :text, (SELECT coalesce(max(change), 0) + :step FROM objects WHERE kind = :kind))
 ON CONFLICT (kind, id) DO UPDATE SET text = excluded.text, change = excluded.change
 """
 GET = "SELECT text FROM objects WHERE kind = ? AND id = ?"
-NEWEST = "SELECT coalesce(max(change), 0) FROM objects WHERE kind = ?"
-CHANGED = "SELECT id, text FROM objects WHERE kind = ? AND change > ? AND change <= ? ORDER BY change"
+CHANGED = "SELECT change, id, text FROM objects WHERE kind = ? AND change >= ? ORDER BY change"
 
-Result = TypeVar("Result")
+Changes = tuple[int, list[tuple[str, str]]]
 
 
 class StoreError(Exception):
@@ -50,7 +49,7 @@ class StoreError(Exception):
 
 
 class StoreReplaced(StoreError):
-    """Another file lies where the store was: whoever remembers anything has to read it all again."""
+    """What is there does not follow from what was read before: whoever remembers anything has to read it all again."""
 
 
 class Objects(Protocol):
@@ -60,12 +59,11 @@ class Objects(Protocol):
 
     def get(self, kind: str, id: str) -> str | None: ...
 
-    def changed_since(self, kind: str, change: int) -> tuple[int, list[tuple[str, str]]]:
-        """The number of the newest change, and (id, text) of what was written after `change`, in that order."""
-        ...
+    def changed_since(self, kind: str, change: int) -> Changes:
+        """The number of the newest change, and (id, text) of what was written after `change`, in that order.
 
-    def close(self) -> None:
-        """Lets go of what it holds; the next call takes it up again."""
+        Raises StoreReplaced when `change` is not there any more: after one to the same object, or in a copy that was put back.
+        """
         ...
 
 
@@ -74,105 +72,82 @@ class MemoryObjects:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._texts: dict[str, dict[str, tuple[int, str]]] = defaultdict(
-            dict
-        )  # by kind and id, with the change's number
-        self._newest: dict[str, int] = defaultdict(int)
+        # by kind and id, with the change's number
+        self._texts: dict[str, dict[str, tuple[int, str]]] = defaultdict(dict)
 
     def put(self, kind: str, id: str, text: str) -> None:
         with self._lock:
-            self._newest[kind] += 1
-            self._texts[kind][id] = (self._newest[kind], text)
+            texts = self._texts[kind]
+            texts[id] = (max((at for at, _ in texts.values()), default=0) + a_step(), text)
 
     def get(self, kind: str, id: str) -> str | None:
         with self._lock:
             found = self._texts[kind].get(id)
         return found[1] if found is not None else None
 
-    def changed_since(self, kind: str, change: int) -> tuple[int, list[tuple[str, str]]]:
+    def changed_since(self, kind: str, change: int) -> Changes:
         with self._lock:
-            new = sorted((at, id, text) for id, (at, text) in self._texts[kind].items() if at > change)
-            return self._newest[kind], [(id, text) for _, id, text in new]
-
-    def close(self) -> None:
-        pass
+            return follow(
+                change, sorted((at, id, text) for id, (at, text) in self._texts[kind].items() if at >= change)
+            )
 
 
 class SqliteObjects:
-    """Objects in `headgate.db` in a folder, for several processes at once. Folder and file are made by the first write."""
+    """Objects in `headgate.db` in a folder, for several processes at once. Folder and file are made by the first write.
+
+    The file is opened for every call (0.1 ms), so that it is always the one that lies there.
+    """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.file = Path(folder).absolute() / FILE
-        self._lock = threading.Lock()
-        self._connection: sqlite3.Connection | None = None
-        self._opened: tuple[int, int] | None = None  # the file that was last open
 
     def put(self, kind: str, id: str, text: str) -> None:
-        def write(file: sqlite3.Connection) -> None:
-            file.execute(PUT, {"kind": kind, "id": id, "text": text})
-            with suppress(
-                sqlite3.Error
-            ):  # it is written; this only empties the journal, so that a copy of the file is one
-                file.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-
-        self._in_file(write, None, makes_it=True)
+        with self._open(makes_it=True) as file:
+            # a journal that stays keeps its room: on a full disk, too, a key can be revoked
+            file.execute("PRAGMA journal_mode = PERSIST")
+            file.execute(PUT, {"kind": kind, "id": id, "text": text, "step": a_step()})
 
     def get(self, kind: str, id: str) -> str | None:
-        def row(file: sqlite3.Connection) -> str | None:
+        with self._open() as file:
             found = file.execute(GET, (kind, id)).fetchone()
-            return found[0] if found is not None else None
+        return found[0] if found is not None else None
 
-        return self._in_file(row, None)
-
-    def changed_since(self, kind: str, change: int) -> tuple[int, list[tuple[str, str]]]:
-        def rows(file: sqlite3.Connection) -> tuple[int, list[tuple[str, str]]]:
-            (newest,) = file.execute(NEWEST, (kind,)).fetchone()
-            new = file.execute(CHANGED, (kind, change, newest)).fetchall() if newest > change else []
-            return newest, new
-
-        nothing: tuple[int, list[tuple[str, str]]] = (0, [])
-        return self._in_file(rows, nothing)
-
-    def close(self) -> None:
-        with self._lock:
-            self._let_go()
-
-    def _let_go(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-
-    def _in_file(self, do: Callable[[sqlite3.Connection], Result], empty: Result, *, makes_it: bool = False) -> Result:
-        """What `do` returns; `empty` where there is no file yet."""
-        with self._lock:
-            try:
-                connection = self._open(makes_it)
-                return do(connection) if connection is not None else empty
-            except (sqlite3.Error, OSError) as error:
-                self._let_go()
-                raise StoreError(f"{self.file}: {sentence(error)}") from error
-
-    def _open(self, makes_it: bool) -> sqlite3.Connection | None:
-        found = identity(self.file)
-        if self._opened is not None and found != self._opened:
-            self._let_go()
-            if found is None:
+    def changed_since(self, kind: str, change: int) -> Changes:
+        with self._open() as file:
+            if change and not self.file.exists():
                 raise StoreError(f"{self.file}: is gone. Put it back; what was read from it stays in force")
-            self._opened = None
-            raise StoreReplaced(f"{self.file}: is another file than before")
-        if found is None and makes_it:
-            make_file(self.file)
-        if self._connection is None and (found is not None or makes_it):
-            self._connection = connect(self.file)
-            self._opened = identity(self.file)
-        return self._connection
+            return follow(change, file.execute(CHANGED, (kind, change)).fetchall())
+
+    @contextmanager
+    def _open(self, makes_it: bool = False) -> Iterator[sqlite3.Connection]:
+        """The file; an empty one in memory where there is none yet."""
+        try:
+            if makes_it:
+                make_file(self.file)
+            with closing(connect(self.file) if self.file.exists() else empty()) as connection:
+                yield connection
+        except (sqlite3.Error, OSError) as error:
+            raise StoreError(f"{self.file}: {sentence(error)}") from error
+
+
+def a_step() -> int:
+    """From one number of a change to the next. In two stores that went different ways, no two numbers are alike."""
+    return 1 + secrets.randbelow(1 << 32)
+
+
+def follow(change: int, rows: list[tuple[int, str, str]]) -> Changes:
+    """What follows on `change`, from the rows that begin with it."""
+    if change and (not rows or rows[0][0] != change):
+        raise StoreReplaced(f"change {change} is not there any more")
+    return (rows[-1][0] if rows else 0), [(id, text) for at, id, text in rows if at > change]
 
 
 def connect(file: Path, layout: int = LAYOUT) -> sqlite3.Connection:
     """Opens a file that is there and has this layout."""
-    connection = sqlite3.connect(
-        f"{file.as_uri()}?mode=rw", BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=True
-    )
+    connection = sqlite3.connect(f"{file.as_uri()}?mode=rw", BUSY_SECONDS, isolation_level=None, uri=True)
+    connection.text_factory = lambda text: text.decode(
+        "utf-8", "replace"
+    )  # one damaged object keeps nobody from others
     try:
         (found,) = connection.execute("PRAGMA user_version").fetchone()
         if found > layout:
@@ -185,15 +160,21 @@ def connect(file: Path, layout: int = LAYOUT) -> sqlite3.Connection:
     return connection
 
 
+def empty() -> sqlite3.Connection:
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    connection.executescript(CREATE)
+    return connection
+
+
 def make_file(file: Path) -> None:
     """An empty store, where there is none."""
+    if file.exists():
+        return
     with drafted(file) as draft:
-        if draft is None:
-            return
-        with closing(connect(draft, layout=0)) as connection:
-            connection.executescript(CREATE)
-        for rest in ("-wal", "-shm"):  # of a file that was removed while it was open; SQLite would mix it in
-            file.with_name(file.name + rest).unlink(missing_ok=True)
+        if draft is not None:
+            with closing(connect(draft, layout=0)) as connection:
+                connection.executescript(CREATE)
+            file.with_name(f"{file.name}-journal").unlink(missing_ok=True)  # of a file that was removed
 
 
 @contextmanager
@@ -211,9 +192,20 @@ def drafted(file: Path) -> Iterator[Path | None]:
         os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         try:
             yield draft
+            sync(draft)  # a name that lasts longer than what it names would be a damaged file after a power cut
             draft.rename(file)
+            sync(file.parent)
         finally:
             draft.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Until it is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -227,23 +219,15 @@ def alone_in(folder: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def identity(file: Path) -> tuple[int, int] | None:
-    try:
-        status = file.stat()
-    except FileNotFoundError:
-        return None
-    return status.st_dev, status.st_ino
-
-
 def sentence(error: sqlite3.Error | OSError) -> str:
     """What went wrong, for people."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without the details
     if code == sqlite3.SQLITE_FULL or getattr(error, "errno", None) == errno.ENOSPC:
-        return "the disk is full; nothing was changed"
+        return "the disk is full"
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return f"is damaged ({error}). Put a copy of it in its place"
-    if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
-        return f"this user may not read and write it, and the folder around it ({error})"
+    if code == sqlite3.SQLITE_READONLY:
+        return "it may be read here, but not written"
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return f"another process has held it for {BUSY_SECONDS:.0f} s. Try again"
     return getattr(error, "strerror", None) or str(error)
@@ -267,25 +251,22 @@ def read_secret(file: Path) -> bytes | None:
     return secret
 
 
-def make_secret(file: Path) -> bytes:
-    """The secret in `file`; a fresh one of 256 bits where there was none. Whoever comes first decides. Raises StoreError."""
+def make_secret(file: Path) -> bool:
+    """Puts a fresh secret of 256 bits there, and says so; False where there is one. Raises StoreError."""
     try:
+        if file.exists():
+            return False
         with drafted(file) as draft:
             if draft is not None:
                 draft.write_text(secrets.token_hex(32) + "\n")
+            return draft is not None
     except OSError as error:
         raise StoreError(f"{file}: {sentence(error)}") from error
-    secret = read_secret(file)
-    assert secret is not None
-    return secret
 
 
 def has_keys(folder: str) -> bool:
     """Whether keys are wanted: one was made, be it revoked since. Raises StoreError."""
     if not folder:
         return False
-    if read_secret(Path(folder) / PEPPER) is not None:
-        return True
-    with closing(SqliteObjects(folder)) as objects:
-        newest, _ = objects.changed_since(KEYS, 0)
-    return newest > 0
+    newest, _ = SqliteObjects(folder).changed_since(KEYS, 0)
+    return newest > 0 or read_secret(Path(folder) / PEPPER) is not None

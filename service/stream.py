@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -162,6 +163,7 @@ class Answer(Response, ABC):
         self.ended = False
         self.failure: ApiError | None = None
         self.wake = asyncio.Event()
+        self._beginning: Callable[[], Coroutine[Any, Any, None]] | None = None
         visit.answer = self
 
     def choice(self, index: int, order: Order) -> Choice:
@@ -173,7 +175,8 @@ class Answer(Response, ABC):
 
     async def submit(self, requests: Sequence[Request]) -> None:
         """Raises ApiError when the worker does not take all of them; what it did take is then withdrawn."""
-        self.visit.check()
+        if self.ended:  # on the way here
+            return
         asked = [self.client.submit(request, choice) for request, choice in zip(requests, self.choices, strict=True)]
         decisions: list[Decision | BaseException]
         if len(asked) == 1:
@@ -229,6 +232,30 @@ class Answer(Response, ABC):
 
     # --- called by the request's task
 
+    def begins_with(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """What has to happen before the first token, and may take long; if it raises ApiError, the answer fails."""
+        self._beginning = work
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._beginning is None:
+            await self.tell(scope, receive, send)
+            return
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._begin(self._beginning))
+            await self.tell(scope, receive, send)
+            if self.visit.allowance is not None:
+                self.visit.allowance.leave()  # who has ended waits in no line
+
+    async def _begin(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        try:
+            await work()
+        except ApiError as error:
+            self.fail(error)
+
+    @abstractmethod
+    async def tell(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Everything that comes, to the end."""
+
     async def send_body(self, send: Send, body: bytes, more: bool) -> None:
         """Waits while the reader lags, but not for ever: it may lag without ever filling a backlog."""
         try:
@@ -271,7 +298,7 @@ class CollectedAnswer(Answer):
     def show_last(self, index: int, text: bytes) -> None:
         self.show(index, text)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def tell(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self.wake.wait()
         if self.failure is not None:
             await self.failure.response()(scope, receive, send)
@@ -382,7 +409,7 @@ class StreamedAnswer(Answer):
             usage = self.shape.usage_chunk(self.prompt_tokens, self.completion_tokens) if self.include_usage else b""
             self.pending.append(usage + DONE)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def tell(self, scope: Scope, receive: Receive, send: Send) -> None:
         while not (self.pending or self.ended):
             await self.sleep()
         if self.failure is not None and not self.pending:

@@ -7,14 +7,19 @@ end and every answer that may have to wait stay ordinary ASGI.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 from typing import Any, Protocol
 
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.errors import invalid
 
 EXTENSION = "headgate.wire"
+
+UNREAD_SECONDS = (
+    30.0  # that the rest of a body may take whose request is answered; most clients send it before they read
+)
 
 Address = tuple[str, int]  # host and port
 
@@ -29,12 +34,15 @@ class Owner(Protocol):
 class Wire:
     """A connection's transport and flow state. Requests of one connection are answered one at a time: one owner."""
 
-    __slots__ = ("flow", "is_for_metrics", "is_whole", "owner", "transport")
+    __slots__ = ("flow", "is_for_metrics", "is_local", "is_whole", "owner", "transport")
 
-    def __init__(self, transport: asyncio.Transport, flow: FlowControl, is_for_metrics: bool = False) -> None:
+    def __init__(
+        self, transport: asyncio.Transport, flow: FlowControl, is_for_metrics: bool = False, is_local: bool = False
+    ) -> None:
         self.transport = transport
         self.flow = flow
         self.is_for_metrics = is_for_metrics  # it came in where only metrics and probes are answered
+        self.is_local = is_local  # … and where only this machine can come in
         self.owner: Owner | None = None
         self.is_whole = False  # the last request that began to arrive is here to its end
 
@@ -50,6 +58,11 @@ def is_at(server: tuple[str, int | None] | None, listener: Address | None) -> bo
     return server[1] == listener[1] and listener[0] in (server[0], "0.0.0.0", "::")
 
 
+def is_loopback(host: str) -> bool:
+    """Of an address as sockets tell it."""
+    return ipaddress.ip_address(host).is_loopback
+
+
 class OpenProtocol(HttpToolsProtocol):
     """uvicorn's own protocol, which puts a `Wire` into every scope and says at once when the client leaves."""
 
@@ -61,12 +74,23 @@ class OpenProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.wire = Wire(transport, self.flow, is_at(self.server, self._metrics_at))
+        at = self._metrics_at
+        self.wire = Wire(transport, self.flow, is_at(self.server, at), at is not None and is_loopback(at[0]))
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.wire.is_whole = False
         self.scope["extensions"] = {EXTENSION: self.wire}  # type: ignore[dict-item]
+
+    def on_response_complete(self) -> None:
+        if not self.wire.is_whole and not self.pipeline:  # who was turned away at the head: the body is thrown away
+            self.loop.call_later(UNREAD_SECONDS, self._end_unread, self.cycle)
+        super().on_response_complete()
+
+    def _end_unread(self, cycle: RequestResponseCycle) -> None:
+        """Nobody sends without end what nobody reads."""
+        if self.cycle is cycle and not self.wire.is_whole:
+            self.transport.abort()
 
     def on_message_complete(self) -> None:
         self.wire.is_whole = True

@@ -47,7 +47,7 @@ class Meter:
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
-        self._tenants = TenantLabels()
+        self._tenants = TenantLabels()  # first seen, first named: a worker knows no list of them
         self._counters = dict.fromkeys(zero_counters(gate.tiers.values()), 0.0)
         self._histograms: dict[str, tuple[list[int], list[float]]] = {}
         for key, bounds in zero_histograms(gate.tiers):

@@ -241,6 +241,17 @@ def test_a_gateway_lets_running_requests_end_and_then_ends_well(fleet: Fleet) ->
     assert running.wait().finished and running.usage is None
 
 
+def test_sighup_ends_neither_gateway_nor_worker(fleet: Fleet) -> None:
+    worker = fleet.worker("one")
+    worker.process.send_signal(signal.SIGHUP)
+    gateway = fleet.gateway(worker)
+    gateway.process.send_signal(signal.SIGHUP)
+    gateway.wait_until_ready("one")
+    gateway.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: "read again: 0 keys, 0 tenants" in gateway.said)
+    assert gateway.post("one").status_code == 200
+
+
 def test_a_worker_that_is_told_to_end_ends_well_and_soon(fleet: Fleet) -> None:
     worker = fleet.worker("one")
     gateway = fleet.gateway(worker)

@@ -44,6 +44,19 @@ def test_a_wish_that_comes_while_everything_starts_ends_nobody(serve: Callable[.
     assert (server.pid("gateway"), server.pid("front")) == (gateway, front)
 
 
+FROM_THE_START = """
+import signal, sys
+from importlib import import_module
+assert import_module(f"headgate.{sys.argv[1]}").main(["--no-such-option"]) == 2
+assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+"""
+
+
+@pytest.mark.parametrize("verb", ["gateway", "worker"])
+def test_a_wish_that_comes_before_the_settings_are_read_ends_nobody(verb: str) -> None:
+    subprocess.run([sys.executable, "-c", FROM_THE_START, verb], stderr=subprocess.DEVNULL, timeout=30, check=True)
+
+
 def test_closing_the_terminal_ends_the_server(quick: tuple[str, ...], tmp_path: Path) -> None:
     terminal, standard_input = pty.openpty()
     log = tmp_path / "log"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,6 +82,20 @@ def test_a_key_is_made_used_and_revoked_while_the_server_runs(
     told = httpx.get(f"{server.url}/metrics", headers={"api-key": admin}).text
     assert 'tenant="acme"' in told and first not in told and admin not in told
     until(lambda: server.worker("headgate_tenant_step_seconds_total", tenant="acme") > 0)
+
+
+def test_a_gateway_that_starts_again_without_its_folder_lets_nobody_in(
+    serve: Callable[..., Any], until: Callable[..., Any], tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    key = keys(data, "create", "--tenant", "acme")
+    server = serve("--data", str(data))
+    shutil.rmtree(data)
+    before = server.kill("gateway")
+    until(lambda: server.pids("gateway") not in ([], [before]) and server.is_ready())
+    assert server.post(1).status_code == 401
+    with pytest.raises(openai.AuthenticationError):
+        client(server, key).models.list()
 
 
 def test_keys_prompts_and_headers_are_never_written_down(

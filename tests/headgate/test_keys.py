@@ -62,10 +62,7 @@ class Command:
     def identify(self, whole: str, now: float | None = None) -> Key:
         """As a gateway does. Raises ApiError."""
         keyring = Keyring.open(str(self.folder))
-        try:
-            return keyring.identify([(b"api-key", whole.encode())], "192.0.2.1", self.now if now is None else now)
-        finally:
-            keyring._objects.close()
+        return keyring.identify([(b"api-key", whole.encode())], "192.0.2.1", self.now if now is None else now)
 
 
 @pytest.fixture
@@ -285,6 +282,24 @@ def test_the_grace_is_a_day_unless_said_otherwise_and_can_be_none(command: Comma
             command.identify(ended)
 
 
+def test_a_secret_that_a_second_rotation_ends_early_is_told_of(command: Command) -> None:
+    id = id_of(command.create())
+    assert "has ended" not in command("rotate", id, "--grace", "1h")[1]
+    ended = "the secret before the old one, which was good until 2027-01-15 09:00 UTC, has ended"
+    assert ended in command("rotate", id, "--grace", "1h")[1]
+    command.now += 3600
+    assert "has ended" not in command("rotate", id)[1]
+
+
+@pytest.mark.parametrize("name", ["anonymous", "other"])
+def test_a_tenant_has_a_name_that_means_nobody_else(command: Command, name: str) -> None:
+    _, err = command("create", "--tenant", name, status=2)
+    assert (
+        f"--tenant: must be another name than anonymous and other, which mean somebody else in metrics, not '{name}'"
+        in err
+    )
+
+
 @pytest.mark.parametrize("verb", ["revoke", "rotate"])
 def test_there_must_be_such_a_key(command: Command, verb: str) -> None:
     out, err = command(verb, "5f0c2d1e9a7b", status=2)
@@ -318,7 +333,7 @@ def test_what_somebody_else_changed_meanwhile_is_not_undone(command: Command) ->
 
     with pytest.raises(NoSuchKey, match="this key is revoked"):
         Overtaken(command.folder, NOW).rotate(id, mint(id)[1], 0.0)
-    assert Overtaken(command.folder, NOW).revoke(id) is False
+    assert Overtaken(command.folder, NOW).revoke(id) == (False, None)
 
 
 def test_processes_that_make_the_first_keys_at_once_lose_none(command: Command) -> None:
@@ -347,7 +362,7 @@ def test_all_that_is_kept_is_for_its_owner_only(command: Command) -> None:
     command.create()
     assert stat.S_IMODE(command.folder.stat().st_mode) == 0o700
     modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in command.folder.iterdir()}
-    assert modes == {FILE: 0o600, PEPPER: 0o600, AUDIT_LOG: 0o600}
+    assert modes == {FILE: 0o600, f"{FILE}-journal": 0o600, PEPPER: 0o600, AUDIT_LOG: 0o600}
 
 
 def test_every_change_has_a_line_in_the_log_and_no_line_a_secret(command: Command) -> None:
@@ -384,10 +399,43 @@ def test_a_change_that_cannot_be_logged_is_not_made(command: Command) -> None:
     log = command.folder / AUDIT_LOG
     log.unlink()
     log.symlink_to("/dev/full")
-    for arguments in (["create", "--tenant", "acme"], ["revoke", id_of(whole)], ["rotate", id_of(whole)]):
+    for arguments in (["create", "--tenant", "acme"], ["rotate", id_of(whole)]):
         out, err = command(*arguments, status=1)
-        assert (out, err) == ("", f"headgate keys: {log}: the disk is full; nothing was changed\n")
+        assert (out, err) == ("", f"headgate keys: {log}: the disk is full\n")
     assert [key["state"] for key in command.list()] == ["valid"] and command.identify(whole)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_key_is_revoked_although_that_cannot_be_logged(command: Command) -> None:
+    whole = command.create()
+    log = command.folder / AUDIT_LOG
+    log.unlink()
+    log.symlink_to("/dev/full")
+    out, err = command("revoke", id_of(whole))
+    assert (out, err) == (
+        "",
+        f"headgate keys: key {id_of(whole)} is revoked\n"
+        f"headgate keys: the log has no line of it: {log}: the disk is full\n",
+    )
+    with pytest.raises(ApiError, match="was revoked"):
+        command.identify(whole)
+
+
+NO_ROOM = """
+import resource, sys
+from headgate.keys import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_first_key_that_finds_no_room_leaves_the_api_open(command: Command) -> None:
+    create = [sys.executable, "-c", NO_ROOM, "create", "--tenant", "acme", "--data", str(command.folder)]
+    done = subprocess.run(create, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stdout == "" and str(command.folder / FILE) in done.stderr
+    assert sorted(file.name for file in command.folder.iterdir()) == [AUDIT_LOG]
+    assert Keyring.open(str(command.folder)).is_open
+    assert command.identify(command.create()).tenant == "acme"
 
 
 def test_a_change_that_failed_after_its_line_has_a_second_line(command: Command) -> None:
@@ -409,11 +457,18 @@ def test_a_damaged_store_is_a_sentence_and_status_1(command: Command) -> None:
         assert out == "" and err.startswith(f"headgate keys: {command.folder / FILE}: is damaged")
 
 
-def test_a_damaged_entry_is_named(command: Command) -> None:
-    objects = SqliteObjects(command.folder)
-    objects.put(KEYS, "5f0c2d1e9a7b", "{")
-    objects.close()
-    assert command("list", status=1)[1].endswith("the entry of key 5f0c2d1e9a7b is damaged\n")
+def test_a_damaged_entry_is_shown_and_stops_nobody(command: Command) -> None:
+    first = command.create()
+    SqliteObjects(command.folder).put(KEYS, "5f0c2d1e9a7b", '{"id": "5f0c2d1e9a7b", "expires_at": "soon"}')
+    second = command.create()
+    assert [(key["id"], key["state"]) for key in command.list()] == [
+        (id_of(first), "valid"), (id_of(second), "valid"), ("5f0c2d1e9a7b", "damaged"),
+    ]  # fmt: skip
+    last = command("list")[0].splitlines()[-1]
+    assert last.split() == ["5f0c2d1e9a7b", "-", "-", "-", "-", "damaged", "-"]
+    for verb in ("revoke", "rotate"):
+        says = command(verb, "5f0c2d1e9a7b", status=1)[1]
+        assert says.endswith("the entry of key 5f0c2d1e9a7b is damaged, so it is not valid\n")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from headgate.secret_file import SecretFault, make_secret, read_secret, secret_of
+from headgate.secret_file import SecretFault, read_secret, secret_of
 from headgate.settings import read_settings
+from service.store import make_secret
 
 
 def test_a_missing_secret_is_made_for_its_owner_alone(tmp_path: Path) -> None:
@@ -40,7 +41,7 @@ def test_of_many_that_come_at_once_all_know_the_same_secret(tmp_path: Path) -> N
 def test_who_comes_late_does_not_replace_it(tmp_path: Path) -> None:
     file = tmp_path / "secret"
     secret = read_secret(str(file))
-    make_secret(file)
+    assert not make_secret(file)
     assert read_secret(str(file)) == secret
 
 

@@ -69,10 +69,8 @@ def gateway(shared_gateway: Gateway) -> Iterator[Gateway]:
 
 
 @pytest.fixture
-def cabinet(tmp_path: Path) -> Iterator[Cabinet]:
-    cabinet = Cabinet(tmp_path / "data")
-    yield cabinet
-    cabinet.close()
+def cabinet(tmp_path: Path) -> Cabinet:
+    return Cabinet(tmp_path / "data")
 
 
 @pytest.fixture

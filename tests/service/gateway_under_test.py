@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from service.config import GatewayConfig
 from service.detokenize import byte_alphabet
 from service.keys import Key, digest_of, id_of, mint
 from service.server import create_server
-from service.store import KEYS, PEPPER, SqliteObjects, make_secret
+from service.store import KEYS, PEPPER, SqliteObjects, make_secret, read_secret
 
 MODEL = "acme/tiny-chat"
 TEMPLATE = (
@@ -105,10 +106,27 @@ class Cabinet:
 
     def make(self, **fields: Any) -> str:
         """A key that is there from now on: acme's, where nothing else is said."""
-        id, secret = mint()
-        digest = digest_of(secret, make_secret(Path(self.folder) / PEPPER))
-        self.put(Key(**{"id": id, "tenant": "acme", "digest": digest, "created_at": time.time(), **fields}))
+        key, secret = self._new(**fields)
+        self.put(key)
         return secret
+
+    def make_many(self, tenants: Iterable[str]) -> list[str]:
+        """A key for each, in one transaction; there is one key already."""
+        made = [self._new(tenant=tenant) for tenant in tenants]
+        newest, _ = self._objects.changed_since(KEYS, 0)
+        rows = [(KEYS, key.id, key.encode(), newest + number) for number, (key, _) in enumerate(made, 1)]
+        with closing(sqlite3.connect(self._objects.file)) as file, file:
+            file.executemany("INSERT INTO objects VALUES (?, ?, ?, ?)", rows)
+        return [secret for _, secret in made]
+
+    def _new(self, **fields: Any) -> tuple[Key, str]:
+        id, secret = mint()
+        digest = digest_of(secret, self.pepper())
+        return Key(**{"id": id, "tenant": "acme", "digest": digest, "created_at": time.time(), **fields}), secret
+
+    def pepper(self) -> bytes:
+        make_secret(Path(self.folder) / PEPPER)
+        return read_secret(Path(self.folder) / PEPPER) or b""
 
     def put(self, key: Key) -> None:
         self._objects.put(KEYS, key.id, key.encode())
@@ -124,11 +142,8 @@ class Cabinet:
     def rotate(self, secret: str) -> str:
         """The new secret; the old one is good no more."""
         _, new = mint(id_of(secret))
-        self.change(secret, digest=digest_of(new, make_secret(Path(self.folder) / PEPPER)))
+        self.change(secret, digest=digest_of(new, self.pepper()))
         return new
-
-    def close(self) -> None:
-        self._objects.close()
 
 
 class Gateway:
@@ -141,6 +156,7 @@ class Gateway:
         start_worker: bool = True,
         wait: bool = True,
         has_metrics_socket: bool = False,
+        metrics_host: str = "127.0.0.1",
         **settings: Any,
     ) -> None:
         self.worker = ScriptedWorker(str(directory / "worker.sock"), worker_info)
@@ -148,8 +164,8 @@ class Gateway:
             self.worker.start()
         self._started_worker = start_worker
         sockets = [socket.socket() for _ in range(1 + has_metrics_socket)]
-        for sock in sockets:
-            sock.bind(("127.0.0.1", 0))
+        for sock, host in zip(sockets, ("127.0.0.1", metrics_host), strict=False):
+            sock.bind((host, 0))
         self.port = sockets[0].getsockname()[1]
         self.metrics_url = f"http://127.0.0.1:{sockets[-1].getsockname()[1]}"
         self.url = f"http://127.0.0.1:{self.port}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from pathlib import Path
@@ -14,8 +15,9 @@ from gateway_under_test import MODEL, Cabinet, Gateway
 
 from scheduler.messages import Finish
 from service.access import is_this_machine
-from service.app import create_app
+from service.app import create_app, tell_of_an_early_end
 from service.config import GatewayConfig
+from service.keys import Limits
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -192,20 +194,67 @@ def test_a_foreign_host_with_a_key_is_let_in(guarded):
     assert guarded.http.get("/v1/models", headers=headers).status_code == 200
 
 
-def test_guessing_is_slowed(guarded):
-    answers = [guarded.http.get("/v1/models", headers=bearer(f"hg-guess-{number}")) for number in range(40)]
-    assert {answer.status_code for answer in answers} == {401, 429}
-    assert error(answers[-1]) == (429, "rate_limit_exceeded", None)
-    assert int(answers[-1].headers["retry-after"]) >= 1
-    assert guarded.post().status_code == 429, "and so are strangers from the same address"
+@pytest.fixture
+def quick_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.door.GUESS_SECONDS", 0.3)
+
+
+def exhaust(gateway: Gateway) -> None:
+    """So many wrong keys that the next one is slowed."""
+    wrong = [gateway.http.get("/v1/models", headers=bearer(f"hg-guess-{number}")) for number in range(20)]
+    assert {answer.status_code for answer in wrong} == {401}
+
+
+def test_guessing_is_slowed_and_good_keys_are_not(guarded, quick_guesses):
+    exhaust(guarded)
+    begins_at = time.monotonic()
+    answer = guarded.http.get("/v1/models", headers=bearer("hg-guess-more"))
+    assert time.monotonic() - begins_at >= 0.3
+    assert error(answer) == (429, "rate_limit_exceeded", None)
+    assert int(answer.headers["retry-after"]) >= 1 and answer.headers["connection"] == "close"
+    assert guarded.post().status_code == 200, "from the same address"
+
+
+def test_only_so_many_guesses_are_held(guarded, monkeypatch):
+    monkeypatch.setattr("service.door.GUESS_SECONDS", 60.0)
+    monkeypatch.setattr("service.door.MOST_GUESSES_HELD", 2)
+    door = guarded.server._door
+
+    async def scenario() -> list[bool]:
+        holds = [asyncio.create_task(door._hold_guess()) for _ in range(3)]
+        await asyncio.sleep(0)
+        are_over = [hold.done() for hold in holds]
+        for hold in holds:
+            hold.cancel()
+        await asyncio.gather(*holds, return_exceptions=True)
+        return are_over
+
+    assert asyncio.run(scenario()) == [False, False, True]
+    assert door._guesses_held == 0
+
+
+def test_a_body_that_nobody_reads_ends_its_connection(guarded, monkeypatch):
+    monkeypatch.setattr("service.wire.UNREAD_SECONDS", 0.1)
+    with guarded.connect() as sock:
+        sock.sendall(f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000000\r\n\r\n".encode())
+        assert sock.recv(100).startswith(b"HTTP/1.1 401 ")
+        with pytest.raises(ConnectionError):
+            while True:
+                sock.sendall(b"x")
+    content = json.dumps({"model": MODEL, "messages": MESSAGES}).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(content)}\r\n\r\n".encode()
+    with guarded.connect() as sock, sock.makefile("rb") as lines:
+        for _ in range(3):
+            sock.sendall(head)
+            assert b" 401 " in lines.readline(), "before the body"
+            sock.sendall(content)
+            length = next(int(line.split()[1]) for line in lines if line.startswith(b"content-length"))
+            assert b"}" in [*iter(lines.readline, b"\r\n"), lines.read(length)][-1], "the connection is kept"
 
 
 def test_ten_thousand_keys(gateways, cabinet):
     keys = [cabinet.make(tenant=f"t{number % 50}") for number in range(3)]
-    with cabinet._objects._connection or pytest.fail("no file") as file:
-        file.execute("BEGIN")
-        keys += [cabinet.make(tenant=f"t{number % 50}") for number in range(9_997)]
-        file.execute("COMMIT")
+    keys += cabinet.make_many([f"t{number % 50}" for number in range(9_997)])
     cabinet.revoke(keys[5000])
     gateway = gateways(data=cabinet.folder)
     for place in (0, 4999, 9999):
@@ -393,11 +442,15 @@ def test_a_rotated_keys_stream_goes_on(guarded, cabinet, ids):
 
 
 def test_metrics_at_the_apis_port_are_for_admins(gateways, cabinet):
-    plain, admin = cabinet.make(), cabinet.make(admin=True)
+    plain, admin = cabinet.make(limits=Limits(requests_per_minute=10)), cabinet.make(admin=True)
     gateway = gateways(data=cabinet.folder)
     assert error(gateway.http.get("/metrics"))[:2] == (401, "invalid_api_key")
-    assert error(gateway.http.get("/metrics", headers=bearer(plain)))[:2] == (403, "admin_key_required")
-    assert "headgate_build_info" in gateway.http.get("/metrics", headers=bearer(admin)).text
+    answer = gateway.http.get("/metrics", headers=bearer(plain))
+    assert error(answer)[:2] == (403, "admin_key_required")
+    assert answer.headers["x-ratelimit-remaining-requests"] == "10", "it is known who asks"
+    told = gateway.http.get("/metrics", headers=bearer(admin)).text
+    assert "headgate_build_info" in told
+    assert 'headgate_requests_total{model="",outcome="invalid",tenant="acme",tier=""} 1.0' in told
 
 
 def test_a_reload_takes_keys_and_tenants(gateways, cabinet, tmp_path: Path):
@@ -442,3 +495,22 @@ def test_a_gateway_does_not_start_with_limits_that_it_cannot_read(tmp_path: Path
     config.write_text("[tenants.acme]\nrequests = 1\n")
     with pytest.raises(ValueError, match=r"tenants.acme.requests: there is no such limit"):
         create_app(GatewayConfig(workers=("/nowhere",), config_file=str(config)))
+
+
+def test_a_part_of_the_gateway_that_fails_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    async def failing() -> None:
+        raise TypeError("a bug of ours")
+
+    async def ending() -> None:
+        return None
+
+    async def life() -> None:
+        tasks = [asyncio.create_task(part()) for part in (failing, ending)]
+        for task in tasks:
+            task.add_done_callback(tell_of_an_early_end)
+        await asyncio.wait(tasks)
+        await asyncio.sleep(0)
+
+    asyncio.run(life())
+    (record,) = caplog.records
+    assert record.levelname == "CRITICAL" and "a bug of ours" in caplog.text

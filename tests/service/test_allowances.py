@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from gateway_under_test import MODEL, PATIENCE_SECONDS, Cabinet, Gateway
+from gateway_under_test import MODEL, PATIENCE_SECONDS, Cabinet, Gateway, join_deltas, raw_post, read_events
 
 from scheduler.messages import Accept, Finish, Reason, Refuse
+from service.counters import MemoryCounters, Taken
 from service.keys import Limits
 
 CHAT = "/v1/chat/completions"
@@ -45,8 +49,7 @@ def limited(gateways: Any, cabinet: Cabinet) -> Any:
 
 def waiting(gateway: Gateway) -> int:
     """Requests in line."""
-    houses = gateway.server._door._limiter.slots._houses.values()
-    return sum(len(line.waiting) for house in list(houses) for line in list(house.lines.values()))
+    return sum(len(house.waiting) for house in list(gateway.server._door._limiter.slots._houses.values()))
 
 
 # --- per minute -------------------------------------------------------------------------------------------------------
@@ -233,6 +236,79 @@ def test_nobody_waits_in_line_only_to_hear_that_the_prompt_is_too_long(limited):
         assert gateway.post(TEXT, prompt=[70] * 5000).status_code == 400
 
 
+def test_nobody_waits_in_line_only_to_hear_that_the_prompt_never_fits(limited):
+    gateway = limited(concurrent_requests=1, requests_per_minute=2, tokens_per_minute=60)
+    gateway.worker.script = None
+    with gateway.stream(key=gateway.sdk.api_key, max_tokens=1):
+        gateway.worker.next_request()
+        answer = gateway.post(TEXT, prompt=[70] * 61)
+        assert (answer.status_code, answer.headers["x-should-retry"]) == (429, "false")
+        assert remaining(answer, "requests") == 1, "it cost nothing"
+
+
+def test_a_line_takes_no_room_from_the_bodies_of_others(limited, cabinet):
+    gateway = limited(settings={"bodies_limit_bytes": 100_000}, concurrent_requests=1)
+    gateway.worker.script = None
+    other = cabinet.make(tenant="umbrella")
+    key = gateway.sdk.api_key
+    body = {"model": MODEL, "messages": MESSAGES, "max_tokens": 5, "stream": True, "user": "x" * 40_000}
+    with gateway.stream(key=key), ExitStack() as line:
+        gateway.worker.next_request()
+        for number in range(4):
+            line.enter_context(gateway.stream(key=key, user="x" * 40_000))
+            gateway.wait_until(lambda number=number: waiting(gateway) == number + 1)
+        gateway.worker.script = [[]]
+        gateway.wait_until(lambda: httpx.get(gateway.url + "/v1/models", headers={"api-key": other}).status_code == 200)
+        assert gateway.http.post(CHAT, json=body, headers={"authorization": f"Bearer {other}"}).status_code == 200
+        assert gateway.server._door._bodies._bytes == 0
+    gateway.wait_until(lambda: not gateway.server._door._inside)
+    assert gateway.server._door._bodies._bytes == 0
+
+
+PINGED = {"ping_seconds": 0.05}
+
+
+def test_a_stream_in_line_hears_that_it_is_not_forgotten(limited, ids):
+    gateway = limited(settings=PINGED, concurrent_requests=1)
+    gateway.worker.script = None
+    with gateway.stream(key=gateway.sdk.api_key) as running, gateway.connect() as sock, sock.makefile("rb") as lines:
+        first = gateway.worker.next_request()
+        body = {"model": MODEL, "messages": MESSAGES, "stream": True}
+        sock.sendall(raw_post(CHAT, body, gateway.sdk.api_key))
+        assert b" 200 " in lines.readline()
+        assert b": ping\n" in iter(lines.readline, b"")
+        assert waiting(gateway) == 1
+        gateway.worker.emit(first, [ids.end], Finish.STOP)
+        assert list(running)[-1] == "[DONE]"
+        gateway.worker.emit(gateway.worker.next_request(), [*ids.of("two"), ids.end], Finish.STOP)
+        *events, done = read_events(lines)
+        assert join_deltas(events) == "two" and done == "[DONE]"
+
+
+def test_a_stream_that_waited_in_vain_ends_with_the_refusal(limited):
+    gateway = limited({"tier_wait_seconds": {"default": 0.3}}, PINGED, concurrent_requests=1, requests_per_minute=2)
+    gateway.worker.script = None
+    with gateway.stream(key=gateway.sdk.api_key):
+        gateway.worker.next_request()
+        ending, done = gateway.events()
+        assert json.loads(ending)["error"]["code"] == "concurrency_limit" and done == "[DONE]"
+    gateway.wait_until(lambda: remaining(gateway.http.get("/v1/models"), "requests") == 1)
+    counted = f'headgate_refusals_total{{model="{MODEL}",reason="concurrency_limit",tenant="acme",tier="default"}}'
+    assert counted.encode() + b" 1.0" in gateway.server._door._metrics.render()
+
+
+def test_what_the_worker_refuses_after_a_comment_costs_nothing(limited):
+    gateway = limited(settings=PINGED, requests_per_minute=1)
+    gateway.worker.script = None
+    with gateway.connect() as sock, sock.makefile("rb") as lines:
+        sock.sendall(raw_post(CHAT, {"model": MODEL, "messages": MESSAGES, "stream": True}, gateway.sdk.api_key))
+        request = gateway.worker.next_request()
+        assert b": ping\n" in iter(lines.readline, b"")
+        gateway.worker.emit(request, (), Finish.REFUSED, Reason.TTFT_UNREACHABLE, 3.0)
+        assert list(read_events(lines))[-1] == "[DONE]"
+    gateway.wait_until(lambda: remaining(gateway.http.get("/v1/models"), "requests") == 1)
+
+
 def test_who_leaves_the_line_is_not_waited_for(limited, ids):
     gateway = limited(concurrent_requests=1)
     gateway.worker.script = None
@@ -297,3 +373,60 @@ def test_slots_come_back_however_a_request_ends(limited, ids):
     assert gateway.post(service_tier="priority").status_code == 200
     assert time.monotonic() - begins_at < 2
     gateway.wait_until(lambda: not gateway.server._door._limiter.slots._houses)
+
+
+def test_slots_come_back_whatever_goes_wrong_at_the_end(limited, monkeypatch):
+    gateway = limited(concurrent_requests=1)
+
+    def broken(_: object) -> None:
+        raise RuntimeError("counting failed")
+
+    monkeypatch.setattr(gateway.server._door, "_count", broken)
+    assert gateway.post().status_code == 200
+    gateway.wait_until(lambda: not gateway.server._door._limiter.slots._houses)
+
+
+class FarCounters(MemoryCounters):
+    """They answer when they are allowed to, as those in another machine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = threading.Event()
+        self.may_answer = threading.Event()
+
+    async def take(self, *arguments: Any) -> Taken:
+        self.asked.set()
+        await asyncio.to_thread(self.may_answer.wait, PATIENCE_SECONDS)
+        return await super().take(*arguments)
+
+
+@pytest.fixture
+def far(limited: Any) -> Gateway:
+    """A gateway that asks for what is left of the limits, and has not heard yet."""
+    gateway: Gateway = limited(requests_per_minute=10)
+    gateway.server._door._limiter.counters = FarCounters()
+    return gateway
+
+
+def test_a_key_that_ends_while_it_is_charged_is_not_let_in(far, cabinet):
+    counters = far.server._door._limiter.counters
+    with ThreadPoolExecutor(1) as client:
+        answer = client.submit(far.post)
+        assert counters.asked.wait(PATIENCE_SECONDS)
+        cabinet.revoke(far.sdk.api_key)
+        far.wait_until(lambda: all(visit.failure for visit in list(far.server._door._inside)))
+        counters.may_answer.set()
+        assert answer.result().status_code == 401
+    assert far.worker.requests.empty()
+
+
+def test_who_leaves_while_it_is_charged_is_gone(far):
+    counters = far.server._door._limiter.counters
+    with far.connect() as sock:
+        sock.sendall(raw_post(CHAT, {"model": MODEL, "messages": MESSAGES}, far.sdk.api_key))
+        assert counters.asked.wait(PATIENCE_SECONDS)
+        (visit,) = far.server._door._inside
+    far.wait_until(lambda: visit.gone)
+    counters.may_answer.set()
+    far.wait_until(lambda: not far.server._door._inside)
+    assert far.worker.requests.empty() and visit.status == 0

@@ -37,7 +37,9 @@ async def enter(limiter: Limiter, key: Key, now: float) -> Allowance:
 async def refusal_of(limiter: Limiter, key: Key, now: float, tokens: int = 0) -> ApiError:
     """Of one more request; with `tokens`, of its reservation."""
     with pytest.raises(ApiError) as caught:
-        await (await enter(limiter, key, now)).reserve(tokens, 0, 1, now)
+        allowance = await enter(limiter, key, now)
+        await allowance.check_prompt(tokens, now)
+        await allowance.reserve(tokens, 0, 1, now)
     return caught.value
 
 
@@ -503,7 +505,7 @@ def test_leaving_is_safe_at_any_time() -> None:
 def test_new_limits_hold_for_those_waiting() -> None:
     async def scenario() -> None:
         limiter = limiter_of({"acme": Limits(concurrent_requests=1)})
-        holders = [limiter.allowance(narrow()) for _ in range(4)]
+        holders = [limiter.allowance(narrow(concurrent=None)) for _ in range(4)]
         tasks = [asyncio.ensure_future(holder.slot(math.inf)) for holder in holders]
 
         async def num_started() -> int:
@@ -512,20 +514,59 @@ def test_new_limits_hold_for_those_waiting() -> None:
 
         assert await num_started() == 1
         limiter.tenants = {"acme": Limits(concurrent_requests=3)}
-        assert await num_started() == 1, "the key has one slot only"
-        limiter.update_keys(lambda id: None)  # the key was deleted: what it has it keeps
-        assert await num_started() == 1
-        limiter.update_keys({"a": narrow(concurrent=2)}.get)
-        assert await num_started() == 2
-        limiter.update_keys({"a": narrow(concurrent=1)}.get)
-        holders[0].leave()
-        assert await num_started() == 2, "there were more than are allowed now"
-        holders[1].leave()
         assert await num_started() == 3
-        limiter.tenants = {}
-        limiter.update_keys({"a": narrow(concurrent=None)}.get)
+        limiter.tenants = {"acme": Limits(concurrent_requests=2)}
+        holders[0].leave()
+        assert await num_started() == 3, "there are as many as are allowed now"
+        holders[1].leave()
         assert await num_started() == 4
 
+    asyncio.run(scenario())
+
+
+def test_line_of_a_tenant_is_bounded_over_all_its_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        limiter = limiter_of({"acme": Limits(concurrent_requests=1)})
+        await limiter.allowance(narrow("0")).slot(0)
+        waiting = [asyncio.ensure_future(limiter.allowance(narrow(str(n))).slot(math.inf)) for n in range(4)]
+        await breathe()
+        with pytest.raises(ApiError, match="tenant acme: limit 1, all in use, and 3 waiting"):
+            await limiter.allowance(narrow("5")).slot(math.inf)  # key 0's own waits for its key
+        other = limiter.allowance(replace(narrow(), tenant="umbrella"))
+        await other.slot(math.inf)
+        waiting.pop().cancel()
+        await breathe()
+        waiting.append(asyncio.ensure_future(limiter.allowance(narrow("5")).slot(math.inf)))
+        await breathe()
+        assert not any(task.done() for task in waiting)
+        for task in waiting:
+            task.cancel()
+
+    monkeypatch.setattr("service.slots.MAX_WAITING_PER_TENANT", 4)
+    asyncio.run(scenario())
+
+
+def test_line_of_a_tenant_keeps_no_more_than_so_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        limiter = limiter_of()
+        holder = limiter.allowance(narrow())
+        await holder.slot(0, 1000)
+        waiting = asyncio.ensure_future(limiter.allowance(narrow()).slot(math.inf, 60))
+        await breathe()
+        with pytest.raises(ApiError, match="and 1 waiting"):
+            await limiter.allowance(narrow()).slot(math.inf, 41)
+        small = asyncio.ensure_future(limiter.allowance(narrow()).slot(math.inf, 40))
+        holder.leave()
+        await asyncio.wait_for(waiting, 1)
+        large = asyncio.ensure_future(
+            limiter.allowance(narrow()).slot(math.inf, 60)
+        )  # who runs is not in line any more
+        await breathe()
+        assert not small.done() and not large.done()
+        small.cancel()
+        large.cancel()
+
+    monkeypatch.setattr("service.slots.MAX_WAITING_BYTES_PER_TENANT", 100)
     asyncio.run(scenario())
 
 

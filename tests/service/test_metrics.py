@@ -49,11 +49,34 @@ def test_families_and_their_labels(gateways, ids):
     counts = {
         tuple(sample.labels[name] for name in names): sample.value for sample in families["headgate_requests"].samples
     }
-    assert counts == {
+    assert {labels: count for labels, count in counts.items() if count} == {
         ("acme/tiny-chat", "flex", "ok", "anonymous"): 1,
         ("acme/tiny-chat", "flex", "refused", "anonymous"): 1,
         ("", "", "invalid", "anonymous"): 1,
     }
+
+
+def test_counts_are_there_before_anything_happens(gateways, tmp_path):
+    """A rate sees no first event of a count that appears with it."""
+    config = tmp_path / "headgate.toml"
+    config.write_text("[tenants.acme]\n[tenants.umbrella]\n")
+    for gateway, tenants in ((gateways(), ["anonymous"]), (gateways(config_file=str(config)), ["acme", "umbrella"])):
+        told = gateway.http.get("/metrics").text
+        for tier in ("default", "flex", "priority"):
+            for tenant in tenants:
+                labels = f'tenant="{tenant}",tier="{tier}"}} 0.0\n'
+                assert f'headgate_requests_total{{model="{MODEL}",outcome="ok",{labels}' in told
+                assert f'headgate_refusals_total{{model="{MODEL}",reason="time_budget",{labels}' in told
+                assert f'headgate_completion_tokens_total{{model="{MODEL}",{labels}' in told
+        assert told.count("\nheadgate_refusals_total{") == 6 * 3 * len(tenants), "and not many more"
+
+
+def test_counts_of_a_tenant_that_is_seen_are_there_before_its_first_refusal(gateways, cabinet):
+    key = cabinet.make(tenant="new", admin=True)
+    gateway = gateways(data=cabinet.folder)
+    gateway.http.headers["api-key"] = key
+    assert gateway.post().status_code == 200
+    gateway.wait_until(lambda: 'reason="kv_footprint",tenant="new"' in gateway.http.get("/metrics").text)
 
 
 def test_labels_come_from_the_servers_own_lists(gateways):
@@ -90,19 +113,33 @@ def test_tenants_are_told_apart(gateways, cabinet, ids):
         gateway.metric('headgate_refusals_total{model="",reason="rate_limit_exceeded",tenant="umbrella",tier=""}') == 1
     )
     assert gateway.metric('headgate_requests_total{model="",outcome="refused",tenant="umbrella",tier=""}') == 1
-    assert gateway.metric('headgate_requests_total{model="",outcome="invalid",tenant="anonymous",tier=""}') == 1
+    invalid = 'headgate_requests_total{model="",outcome="invalid",tenant="anonymous",tier=""}'
+    assert gateway.metric(invalid) == 1
+    for path in ("/v1/models", "/metrics", "/v1/nothing"):
+        assert httpx.get(gateway.url + path).status_code == 401
+    assert gateway.metric(invalid) == 4, "whatever they wanted"
 
 
 def test_the_metrics_socket_is_always_open_and_answers_nothing_else(cabinet, gateways):
     cabinet.make()
     gateway = gateways(data=cabinet.folder, has_metrics_socket=True)
     with httpx.Client(base_url=gateway.metrics_url) as scraper:
-        for host in ("localhost", "gateway:9464"):
+        for host in ("localhost", scraper.base_url.netloc.decode()):
             assert "headgate_build_info" in scraper.get("/metrics", headers={"host": host}).text
         assert [scraper.get(path).status_code for path in ("/healthz", "/readyz")] == [200, 200]
         others = [scraper.get(path) for path in ("/v1/models", "/docs", "/openapi.json", "/")]
         others += [scraper.post(path, json={}) for path in ("/v1/chat/completions", "/v1/headgate/reload")]
         assert {(answer.status_code, answer.json()["error"]["code"]) for answer in others} == {(404, "not_found")}
+
+
+def test_a_page_that_calls_the_metrics_socket_by_its_own_name_learns_nothing(gateways):
+    gateway = gateways(has_metrics_socket=True)
+    answer = httpx.get(gateway.metrics_url + "/metrics", headers={"host": "evil.example"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "host_not_allowed")
+    assert httpx.get(gateway.metrics_url + "/healthz", headers={"host": "evil.example"}).status_code == 200
+    wide = gateways(has_metrics_socket=True, metrics_host="0.0.0.0")
+    answer = httpx.get(wide.metrics_url + "/metrics", headers={"host": "gateway:9464"})
+    assert "headgate_build_info" in answer.text, "who lets others in knows what they call it"
 
 
 def test_loop_stalls_are_watched(gateway):
