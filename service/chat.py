@@ -49,6 +49,7 @@ class Chat:
             shape=ChatShape(heading("chatcmpl", model, body, requests[0], visit.tier, told_ids)),
             include_usage=body.include_usage,
             prompt_tokens=len(prompt),
+            answers_each=body.n,
         )
         answer = generator.answer(visit, model, order, body.stream)
         return await generator.submit(visit, model, answer, order)

@@ -52,6 +52,7 @@ class Completions:
             shape=CompletionShape(heading("cmpl", model, body, requests[0], visit.tier if body.service_tier else None)),
             include_usage=body.include_usage,
             prompt_tokens=sum(map(len, prompts)),
+            answers_each=body.n,
         )
         answer = generator.answer(visit, model, order, body.stream)
         if body.max_tokens == 0 and not body.only_scores:  # nothing to compute, so nothing for a worker to do
