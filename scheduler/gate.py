@@ -244,6 +244,7 @@ class Gate:
             kv_capacity_bytes=int(self.ledger.capacity_bytes),
             stalled_seconds=stalled_seconds,
             predicted_wait_seconds=self._predicted_wait(nobody),
+            prefix_marks=self.prefixes.marks,
         )
 
     def take_ended(self) -> list[Ended]:
@@ -396,6 +397,7 @@ class Gate:
             prefix=waiting.prefix,
             generated=waiting.prefix.generated,
         )
+        sequence.footprint_bytes = waiting.footprint_bytes  # of who was preempted, it may have grown
         hits = self.prefixes.hits(sequence.prefix)
         self.ledger.reserve(request.key, waiting.footprint_bytes - held_bytes(hits))
         self.prefixes.query_tokens += sequence.known

@@ -431,6 +431,7 @@ class Snapshot:
     kv_capacity_bytes: int = 0
     stalled_seconds: float = 0.0  # how long the running step has been running
     predicted_wait_seconds: float = 0.0  # for a request of the default tier that came now
+    prefix_marks: Sequence[int] = ()  # of what is in the prefix cache, see `scheduler/prefix.py`
 
     def encode(self) -> bytes:
         return encode_json_frame(Frame.SNAPSHOT, {"v": VERSION, **asdict(self)})
@@ -466,6 +467,8 @@ class WorkerInfo:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     random_weights: bool = False  # the text says nothing
+    block_tokens: int = 0  # of the prefix cache's blocks; 0: there is none
+    shared_prefix: bool = False  # … which tenants share
     vocabulary: int = 0  # ids that the model knows, its tokenizer may know more or fewer; 0: as many as the tokenizer
 
     def encode(self) -> bytes:

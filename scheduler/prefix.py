@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import blake2b
@@ -25,6 +25,8 @@ from scheduler.ledger import Ledger
 from scheduler.messages import Request
 
 DIGEST_BYTES = 16
+MARKED_BLOCKS = (1, 4, 16, 64, 256)  # long: prefixes that others are told of
+MOST_MARKS = 64  # the last used; 0.7 KB of a snapshot
 
 
 class Sharing(StrEnum):
@@ -94,6 +96,28 @@ class Prefix:
         return self.digest(block)
 
 
+def prefix_of(request: Request, block_tokens: int, sharing: Sharing) -> Prefix:
+    """Of a request that has arrived."""
+    whose = request.tenant if sharing is Sharing.TENANT else ""
+    root = blake2b(whose.encode(), digest_size=DIGEST_BYTES).digest()
+    return Prefix(request, block_tokens, [root], sharing is Sharing.NOBODY)
+
+
+def mark_of(digest: bytes) -> int:
+    """What of a digest is enough to guess who has a block."""
+    return int.from_bytes(digest[:4], "little")
+
+
+def known_blocks(prefix: Prefix, marks: Collection[int]) -> int:
+    """How long a part of a prompt somebody who tells these marks has, as far as they tell."""
+    known = 0
+    for blocks in MARKED_BLOCKS:
+        if blocks > prefix.most_hits or mark_of(prefix.digest(blocks - 1)) not in marks:
+            break
+        known = blocks
+    return known
+
+
 class PrefixIndex:
     """All blocks that can be hit. `block_bytes` tells what the n-th block of a sequence holds."""
 
@@ -111,15 +135,18 @@ class PrefixIndex:
         self._nodes: dict[bytes, Node] = {}
         self._idle: OrderedDict[bytes, Node] = OrderedDict()  # least recently used first, and a block before its parent
         self._numbers = 0
+        self._marks: OrderedDict[int, None] = OrderedDict()  # least recently used first
 
     def __len__(self) -> int:
         return len(self._nodes)
 
     def prefix(self, request: Request) -> Prefix:
-        """Of a request that has arrived."""
-        whose = request.tenant if self.sharing is Sharing.TENANT else ""
-        root = blake2b(whose.encode(), digest_size=DIGEST_BYTES).digest()
-        return Prefix(request, self._block_tokens, [root], self.sharing is Sharing.NOBODY)
+        return prefix_of(request, self._block_tokens, self.sharing)
+
+    @property
+    def marks(self) -> tuple[int, ...]:
+        """Of the prefixes that were used last."""
+        return tuple(self._marks)
 
     def hits(self, prefix: Prefix) -> list[Node]:
         """The blocks with which it could go on from where its own end."""
@@ -140,7 +167,8 @@ class PrefixIndex:
                 self.idle_bytes -= node.held_bytes
                 self._ledger.pin(node.held_bytes)
             node.users += 1
-        prefix.nodes += nodes
+            prefix.nodes.append(node)
+            self._mark(prefix)
         self.hit_tokens += len(nodes) * self._block_tokens
 
     def publish(self, prefix: Prefix, computed: int) -> list[tuple[int, int]]:
@@ -159,6 +187,7 @@ class PrefixIndex:
                 node = Node(digest, self._numbers, self._block_bytes(block), payer=prefix)
                 self._nodes[digest] = node
                 prefix.nodes.append(node)
+                self._mark(prefix)
                 kept.append((block, node.number))
         return kept
 
@@ -186,7 +215,17 @@ class PrefixIndex:
         del self._nodes[digest]
         self.idle_bytes -= node.held_bytes
         self.evicted_blocks += 1
+        self._marks.pop(mark_of(digest), None)
         return node
+
+    def _mark(self, prefix: Prefix) -> None:
+        """Its last block was just used."""
+        if len(prefix.nodes) in MARKED_BLOCKS:
+            mark = mark_of(prefix.nodes[-1].digest)
+            self._marks[mark] = None
+            self._marks.move_to_end(mark)
+            if len(self._marks) > MOST_MARKS:
+                self._marks.popitem(last=False)
 
 
 def held_bytes(nodes: Sequence[Node]) -> float:

@@ -42,6 +42,7 @@ class Completions:
         limits = [room(model.worker, key, len(ids), wanted, "prompt", body.min_tokens) for ids in prompts]
         if body.only_scores:
             limits = [1] * len(limits)  # a step computes them, and draws a token whether it is wanted or not
+        model = generator.nearest(visit, model, prompts[0])
         requests = requests_for(model, body, visit, list(zip(prompts, limits, strict=True)))
         echoes = await self._echoes(model, body)
         order = Order(

@@ -11,7 +11,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scheduler.messages import WorkerInfo
+from scheduler.messages import Request, WorkerInfo
+from scheduler.prefix import Sharing, known_blocks, prefix_of
 from service.client import WorkerClient
 from service.config import GatewayConfig
 from service.errors import invalid, model_not_found, unavailable
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 FRESH_SECONDS = 5.0  # a snapshot comes every second
 STALL_SECONDS = 30.0  # no step runs for so long
+EVEN_LOAD, EVEN_REQUESTS = 1.25, 2  # times as many open requests, and some more, are hardly more
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,20 @@ class Fleet:
             raise model_not_found(name)
         return min(having, key=lambda model: (not model.client.connected, model.client.open_requests))
 
+    def nearest(self, model: Model, tenant: str, prompt: Sequence[int]) -> Model:
+        """The one that has most of the prompt in its prefix cache, of those that are hardly busier than `model`."""
+        if len(self._served) < 2:
+            return model
+        most = EVEN_LOAD * model.client.open_requests + EVEN_REQUESTS
+        even = [
+            other
+            for other in self._in_order()
+            if (other.worker.model, other.worker.variant) == (model.worker.model, model.worker.variant)
+            and other.client.connected
+            and other.client.open_requests <= most
+        ]
+        return max([model, *even], key=lambda other: cached_blocks(other, tenant, prompt))
+
     def _in_order(self) -> list[Model]:
         return [model for _, model in sorted(self._served.items())]
 
@@ -133,6 +149,16 @@ class Fleet:
         if snapshot.stalled_seconds > STALL_SECONDS:
             return f"the worker's running step has not ended for {snapshot.stalled_seconds:.0f} s"
         return None
+
+
+def cached_blocks(model: Model, tenant: str, prompt: Sequence[int]) -> int:
+    """Of the prompt, as far as its worker has told."""
+    worker, snapshot = model.worker, model.client.snapshot
+    if snapshot is None or not snapshot.prefix_marks or not worker.block_tokens:
+        return 0
+    sharing = Sharing.EVERYBODY if worker.shared_prefix else Sharing.TENANT
+    request = Request(0, 0, prompt, 1, tenant=tenant)
+    return known_blocks(prefix_of(request, worker.block_tokens, sharing), snapshot.prefix_marks)
 
 
 async def build_text(worker: WorkerInfo) -> Text:

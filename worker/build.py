@@ -149,6 +149,8 @@ def _assemble(
         min_p=files.min_p,
         repetition_penalty=files.repetition_penalty,
         random_weights=files.is_random,
+        block_tokens=limits.block_tokens,
+        shared_prefix=config.shared_prefix,
         vocabulary=shape.vocabulary,
     )
     return Built(engine, gate, info)
