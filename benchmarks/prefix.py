@@ -92,7 +92,9 @@ def main(rounds: int = ROUNDS, model: str = MODEL) -> list[Figure]:
         played.append(play(model))
         print(f"round {number + 1} of {rounds}", flush=True)
     figures = figures_of(played)
-    print_table(f"Time to first token: {SHARED_TOKENS} tokens shared, {OWN_TOKENS} own; {THREADS} threads, {DTYPE}", figures)
+    print_table(
+        f"Time to first token: {SHARED_TOKENS} tokens shared, {OWN_TOKENS} own; {THREADS} threads, {DTYPE}", figures
+    )
     if rounds >= ROUNDS:  # a shorter run is a try
         save("prefix", figures, rounds=[asdict(one) for one in played])
     return figures

@@ -438,7 +438,8 @@ class Snapshot:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Snapshot:
-        return cls(**{f.name: data[f.name] for f in fields(cls) if f.name in data})
+        values = {f.name: data[f.name] for f in fields(cls) if f.name in data}
+        return cls(**{**values, "prefix_marks": tuple(data.get("prefix_marks", ()))})
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,9 @@ class Prefix:
 
     def may_go_on(self, computed: int) -> bool:
         """It stands where another block could be taken over."""
-        return not self.is_alone and computed == len(self.nodes) * self.block_tokens < self.most_hits * self.block_tokens
+        return (
+            not self.is_alone and computed == len(self.nodes) * self.block_tokens < self.most_hits * self.block_tokens
+        )
 
     def coming(self, computed: int) -> bytes | None:
         """The block that it computes next, where that will be shared."""

@@ -109,17 +109,18 @@ class Fleet:
 
     def nearest(self, model: Model, tenant: str, prompt: Sequence[int]) -> Model:
         """The one that has most of the prompt in its prefix cache, of those that are hardly busier than `model`."""
-        if len(self._served) < 2:
+        worker = model.worker
+        if len(self._served) < 2 or not worker.block_tokens:
             return model
+        prefix = prefix_of(Request(0, 0, prompt, 1, tenant=tenant), worker.block_tokens, sharing_of(worker))
         most = EVEN_LOAD * model.client.open_requests + EVEN_REQUESTS
-        even = [
-            other
-            for other in self._in_order()
-            if (other.worker.model, other.worker.variant) == (model.worker.model, model.worker.variant)
-            and other.client.connected
-            and other.client.open_requests <= most
-        ]
-        return max([model, *even], key=lambda other: cached_blocks(other, tenant, prompt))
+
+        def cached(other: Model) -> int:
+            snapshot = other.client.snapshot
+            return known_blocks(prefix, snapshot.prefix_marks) if snapshot else 0
+
+        alike = [other for other in self._in_order() if is_alike(other.worker, worker) and other.client.connected]
+        return max([model, *(other for other in alike if other.client.open_requests <= most)], key=cached)
 
     def _in_order(self) -> list[Model]:
         return [model for _, model in sorted(self._served.items())]
@@ -151,14 +152,19 @@ class Fleet:
         return None
 
 
-def cached_blocks(model: Model, tenant: str, prompt: Sequence[int]) -> int:
-    """Of the prompt, as far as its worker has told."""
-    worker, snapshot = model.worker, model.client.snapshot
-    if snapshot is None or not snapshot.prefix_marks or not worker.block_tokens:
-        return 0
-    sharing = Sharing.EVERYBODY if worker.shared_prefix else Sharing.TENANT
-    request = Request(0, 0, prompt, 1, tenant=tenant)
-    return known_blocks(prefix_of(request, worker.block_tokens, sharing), snapshot.prefix_marks)
+def sharing_of(worker: WorkerInfo) -> Sharing:
+    return Sharing.EVERYBODY if worker.shared_prefix else Sharing.TENANT
+
+
+def is_alike(other: WorkerInfo, worker: WorkerInfo) -> bool:
+    """It takes every request that this one takes, and gives the same answer."""
+    names = ("model", "variant", "engine", "block_tokens", "shared_prefix", "vocabulary")
+    is_same = all(getattr(other, name) == getattr(worker, name) for name in names)
+    return (
+        is_same
+        and other.context_tokens >= worker.context_tokens
+        and other.max_prompt_tokens >= worker.max_prompt_tokens
+    )
 
 
 async def build_text(worker: WorkerInfo) -> Text:

@@ -257,7 +257,7 @@ class World:
         held = math.fsum(ledger.held_bytes(key) for key in gate.running)
         pinned = ledger.pinned_bytes
         assert math.isclose(held + pinned, ledger.reserved_bytes, rel_tol=1e-9, abs_tol=1e-3)
-        assert 0 <= pinned and ledger.reserved_bytes <= ledger.capacity_bytes
+        assert pinned >= 0 and ledger.reserved_bytes <= ledger.capacity_bytes
         assert ledger.used_bytes - gate.prefixes.idle_bytes <= ledger.reserved_bytes * (1 + 1e-9)
         assert len(gate.running) <= self.limits.sequences
         assert len(gate.waiting) <= self.limits.waiting or gate.preemptions

@@ -93,7 +93,7 @@ def families() -> Iterator[Any]:
             yield pytest.param(name, WINDOWS, id=f"{name}-windows")
 
 
-@pytest.mark.parametrize(("architecture", "windows"), families())
+@pytest.mark.parametrize(("architecture", "windows"), list(families()))
 def test_tokens_are_the_same_with_and_without_the_cache(
     architecture: str, windows: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -133,7 +133,9 @@ def test_a_sequence_with_shared_blocks_is_stopped_and_computed_anew(engine: Nati
     engine.run(StepPlan((Entry(2, Kind.PREFILL, 32, 18, False),)))
     assert engine.free_blocks == BLOCKS - 5, "its own third block, beside the one that is kept"
     third = Request(3, 0, words(1, 50), 9, sampling=Sampling(0.0))
-    again = engine.run(StepPlan((Entry(3, Kind.PREFILL, 48, 2, True),), (third,), (2,), shared=(Shared(3, (10, 11, 12)),)))
+    again = engine.run(
+        StepPlan((Entry(3, Kind.PREFILL, 48, 2, True),), (third,), (2,), shared=(Shared(3, (10, 11, 12)),))
+    )
     assert again.tokens[3] == drawn, "what is kept is as it was"
     engine.run(StepPlan(stop=(3,), evicted=(10, 11, 12)))
     assert engine.free_blocks == BLOCKS

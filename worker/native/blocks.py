@@ -195,7 +195,9 @@ class PagedCache:
         """Forgets all positions from `tokens` on, and frees the blocks that hold nothing else."""
         keep = blocks_for(tokens)
         is_cut = tokens % BLOCK_TOKENS and tokens < table.tokens
-        assert not (is_cut and self.allocator.is_shared(table.blocks[keep - 1])), "others use what would be written anew"
+        assert not (is_cut and self.allocator.is_shared(table.blocks[keep - 1])), (
+            "others use what would be written anew"
+        )
         self.allocator.free(table.blocks[keep:], range(0) if keep else table.room)
         if not keep:
             table.room = range(0)
