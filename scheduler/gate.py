@@ -36,6 +36,7 @@ from scheduler.sequence import Ended, Sequence, outcome
 from scheduler.tiers import Tier
 from scheduler.waiting import Waiting, WaitingList
 
+EVICT_SHARE = 1 / 16
 KV_GATE = 0.7  # share of the KV capacity above which chunks no longer grow by need
 
 
@@ -218,7 +219,7 @@ class Gate:
         self.cost.observe(work, measured)
         slow = measured > flight.safe_seconds
         per_kv_byte, per_token = _rates(cost, work.kv_read_bytes, work.query_tokens, measured)
-        events = []
+        events, block = [], self.limits.block_tokens
         for (key, _, position, query_tokens, delivers, _), sequence in zip(
             flight.filled.entries, flight.filled.sequences, strict=True
         ):
@@ -227,7 +228,8 @@ class Gate:
             kv_bytes = self.shape.kv_bytes(position + query_tokens)
             self.account.charge(sequence.request.tenant, per_token * query_tokens + per_kv_byte * kv_bytes)
             sequence.computed += query_tokens
-            self._publish(sequence)
+            if query_tokens > 1 or sequence.computed % block == 0:
+                self._publish(sequence)
             if delivers:
                 events.append(self._deliver(sequence, tokens.get(key, []), now, slow))
         delivered = sum(len(event.tokens) for event in events)
@@ -349,13 +351,15 @@ class Gate:
 
     def _take_blocks(self, filled: Filled) -> None:
         """The step's tokens need blocks; where too few are free, idle ones are evicted."""
-        for entry, sequence in zip(filled.entries, filled.sequences, strict=True):
-            stop = entry.position + entry.query_tokens
+        for (_, _, position, query_tokens, _, _), sequence in zip(filled.entries, filled.sequences, strict=True):
+            stop = position + query_tokens
             if stop > sequence.held_tokens:
                 self.ledger.used_bytes += self._bytes(stop) - self._bytes(sequence.held_tokens)
                 sequence.held_tokens = -(-stop // self.limits.block_tokens) * self.limits.block_tokens
-        while self.ledger.used_bytes > self.ledger.capacity_bytes and self._evict():
-            pass
+        if self.ledger.used_bytes > self.ledger.capacity_bytes:
+            enough = (1 - EVICT_SHARE) * self.ledger.capacity_bytes
+            while self.ledger.used_bytes > enough and self._evict():
+                pass
 
     def _evict(self) -> bool:
         node = self.prefixes.evict()
@@ -454,7 +458,7 @@ class Gate:
         request = sequence.request
         sequence.first_at = sequence.first_at or now
         sequence.last_at = now
-        cached_tokens = 0 if sequence.generated else sequence.cached_tokens
+        is_first = not sequence.generated
         left = request.max_tokens - len(sequence.generated)
         taken = tokens[:left]
         finish = Finish.LENGTH if len(taken) == left else Finish.RUNNING
@@ -465,7 +469,8 @@ class Gate:
         if finish:
             self.history.record(request, len(sequence.generated))
             self._end(sequence, finish, slow)
-        return TokenEvent(sequence.key, taken, finish, cached_tokens=cached_tokens)
+        event = TokenEvent(sequence.key, taken, finish)
+        return event._replace(cached_tokens=sequence.cached_tokens) if is_first else event
 
     def _fail(self, sequence: Sequence) -> TokenEvent:
         self._end(sequence, Finish.ERROR)
