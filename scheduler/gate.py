@@ -36,7 +36,6 @@ from scheduler.sequence import Ended, Sequence, outcome
 from scheduler.tiers import Tier
 from scheduler.waiting import Waiting, WaitingList
 
-EVICT_SHARE = 1 / 16
 KV_GATE = 0.7  # share of the KV capacity above which chunks no longer grow by need
 
 
@@ -356,10 +355,8 @@ class Gate:
             if stop > sequence.held_tokens:
                 self.ledger.used_bytes += self._bytes(stop) - self._bytes(sequence.held_tokens)
                 sequence.held_tokens = -(-stop // self.limits.block_tokens) * self.limits.block_tokens
-        if self.ledger.used_bytes > self.ledger.capacity_bytes:
-            enough = (1 - EVICT_SHARE) * self.ledger.capacity_bytes
-            while self.ledger.used_bytes > enough and self._evict():
-                pass
+        while self.ledger.used_bytes > self.ledger.capacity_bytes and self._evict():
+            pass
 
     def _evict(self) -> bool:
         node = self.prefixes.evict()

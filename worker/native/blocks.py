@@ -36,12 +36,13 @@ class BlockAllocator:
     def find_room(self, count: int, most: int, wish: int = -1) -> range:
         """Free blocks in a row for a sequence that starts with `count` and may come to `most`.
 
-        From `wish` on where they are free, else the lowest such row that nobody grows towards. Where there is none, the upper half of the longest free row: who
-        lies before it keeps the lower one. That may be shorter than `most`, or even than `count`.
+        From `wish` on where `count` are free, else the lowest row that nobody grows towards. Where there is none, the
+        upper half of the longest free row: who lies before it keeps the lower one. That may be shorter than `most`, or
+        even than `count`.
         """
         assert self.free_blocks, "KV cache is full"
-        if 0 <= wish <= self.num_blocks - most and not self._states[wish : wish + most].any():
-            return range(wish, wish + most)
+        if wish >= 0 and (behind := self._free_from(wish, most)) >= count:
+            return range(wish, wish + behind)
         starts, lengths = runs_of(self._states == FREE)
         fitting = lengths >= most
         if fitting.any():
@@ -52,6 +53,11 @@ class BlockAllocator:
         start, length = int(starts[longest]), int(lengths[longest])
         left = max(0, length - count) // 2 if start else 0  # nobody lies before the first block
         return range(start + left, start + min(length, left + most))
+
+    def _free_from(self, block: int, most: int) -> int:
+        """How many from there on are free, and nobody's room."""
+        taken = np.flatnonzero(self._states[block : block + most])
+        return int(taken[0]) if len(taken) else len(self._states[block : block + most])
 
     def keep(self, room: range) -> None:
         """Others may have these only when nothing else is left."""
@@ -180,8 +186,8 @@ class PagedCache:
         assert table.tokens == len(table.blocks) * BLOCK_TOKENS
         blocks = [self._kept[number] for number in numbers]
         self.allocator.share(blocks)
-        self.allocator.free([], table.room)  # it goes on behind them
-        table.room = range(0)
+        self.allocator.free([], table.room)
+        table.room = range(0)  # it goes on behind them, if it can
         _append(table, blocks)
         table.tokens = len(table.blocks) * BLOCK_TOKENS
 
