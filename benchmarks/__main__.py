@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 
 USUAL = ("gateway", "prediction")
-NAMES = (*USUAL, "engine")
+NAMES = (*USUAL, "engine", "prefix")
 
 
 def main(names: list[str]) -> int:

@@ -38,6 +38,7 @@ class Stream:
     sent_at: float
     times: list[float]
     tokens: int
+    end: dict[str, Any]  # its last event
 
     @property
     def first_seconds(self) -> float:
@@ -59,13 +60,14 @@ class Endpoint:
 
     port: int
     dialect: Dialect
+    key: str = ""
 
     async def ask(self, prompt: list[int], max_tokens: int) -> Stream:
         """RuntimeError when the answer has not as many tokens."""
         async with asyncio.timeout(TIMEOUT_SECONDS):
             reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
             sent_at = clock()
-            writer.write(http_post(self.dialect.path, self.dialect.body(prompt, max_tokens)))
+            writer.write(http_post(self.dialect.path, self.dialect.body(prompt, max_tokens), self.key))
             try:
                 lines = [(clock(), line) async for line in reader]
             finally:
@@ -75,16 +77,17 @@ class Endpoint:
         tokens = max((self.dialect.count(event) for _, event in events), default=0)
         if tokens != max_tokens or not times:
             raise RuntimeError(f"{tokens} tokens came instead of {max_tokens}: {lines[:1]} … {lines[-3:]}")
-        return Stream(sent_at, times, tokens)
+        return Stream(sent_at, times, tokens, events[-1][1])
 
     async def ask_all(self, prompts: Sequence[list[int]], max_tokens: int) -> list[Stream]:
         return await asyncio.gather(*(self.ask(prompt, max_tokens) for prompt in prompts))
 
 
-def http_post(path: str, body: dict[str, Any]) -> bytes:
+def http_post(path: str, body: dict[str, Any], key: str = "") -> bytes:
     content = json.dumps(body).encode()
+    bearer = f"authorization: Bearer {key}\r\n" if key else ""
     head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nconnection: close\r\n"
-    return f"{head}content-length: {len(content)}\r\n\r\n".encode() + content
+    return f"{head}{bearer}content-length: {len(content)}\r\n\r\n".encode() + content
 
 
 def prompt_of(tokens: int) -> list[int]:

@@ -219,6 +219,15 @@ OPTIONS = {
             "The longest context that is served. 0 is the model's own.",
             WORKERS,
         ),
+        Option(
+            "shared_prefix",
+            "",
+            _switch,
+            False,
+            "Tenants share the prefix cache: what one has sent is computed for none of the others, and whoever times "
+            "answers learns what others have sent. Otherwise each has its own.",
+            WORKERS,
+        ),
     ),
     "How much at once": (
         Option("max_sequences", "N", _number(1, 4096), 256, "Requests in the running batch at most.", WORKERS),
@@ -346,6 +355,7 @@ class Settings:
     threads: int
     kv_cache: int
     context: int
+    shared_prefix: bool
     max_sequences: int
     max_waiting: int
     host: str

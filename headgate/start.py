@@ -71,6 +71,7 @@ def worker_config(settings: Settings) -> WorkerConfig:
         context_tokens=settings.context,
         max_sequences=settings.max_sequences,
         max_waiting=settings.max_waiting,
+        shared_prefix=settings.shared_prefix,
     )
 
 

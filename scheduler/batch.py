@@ -39,11 +39,26 @@ class Entry(NamedTuple):
         return self.query_tokens if self.is_told else int(self.delivers)
 
 
+class Kept(NamedTuple):
+    """A full block that outlives its sequence: the one at this place of `key`'s, kept under a number."""
+
+    key: int
+    place: int
+    number: int
+
+
+class Shared(NamedTuple):
+    """`key` goes on with blocks that were kept: the tokens in them are computed."""
+
+    key: int
+    numbers: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One forward pass, and what changes hands before it.
+    """One forward pass, and what changes hands before it, in the order `kept`, `stop`, `evicted`, `start`, `shared`.
 
-    `stop`: sequences whose KV cache is free from now on. `start`: sequences that appear in an entry for the first time;
+    `kept`, `evicted`, `shared`: what the prefix cache (`scheduler/prefix.py`) makes of full blocks. `stop`: sequences whose KV cache is free from now on. `start`: sequences that appear in an entry for the first time;
     stop comes before start, and a key may be in both. `refused`: requests that waited in vain. `predicted_seconds`: how
     long the step will take.
     """
@@ -53,3 +68,6 @@ class StepPlan:
     stop: tuple[int, ...] = ()
     refused: tuple[TokenEvent, ...] = ()
     predicted_seconds: float = 0.0
+    kept: tuple[Kept, ...] = ()
+    evicted: tuple[int, ...] = ()
+    shared: tuple[Shared, ...] = ()

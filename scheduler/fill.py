@@ -36,9 +36,16 @@ class Filled:
     best_effort: int  # decodes without a floor
 
 
-def fill_step(cost: CostModel, running: Iterable[Sequence], turn: int, may_grow: bool, now: float) -> Filled:
+def fill_step(
+    cost: CostModel,
+    promised: list[Sequence],
+    best_effort: list[Sequence],
+    prefilling: list[Sequence],
+    turn: int,
+    may_grow: bool,
+    now: float,
+) -> Filled:
     """What the next step carries. Best-effort decodes go round from `turn`; `may_grow`: chunks may, memory is not tight."""
-    promised, best_effort, prefilling = sort_out(running)
     shape = cost.shape
     budget = FLOOR_SHARE * min((s.tier.gap_seconds for s in promised), default=math.inf)
     work = add_decodes(shape, NO_WORK, promised)

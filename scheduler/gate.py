@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from scheduler.admission import keeps_floors
-from scheduler.batch import Kind, StepPlan
+from scheduler.batch import Kept, Kind, Shared, StepPlan
 from scheduler.calibration import CostModel
 from scheduler.fairness import Account
-from scheduler.fill import Filled, fill_step, largest
+from scheduler.fill import Filled, fill_step, largest, sort_out
 from scheduler.footprint import LengthHistory, grown
 from scheduler.ledger import Ledger
 from scheduler.messages import (
@@ -30,6 +30,7 @@ from scheduler.messages import (
 )
 from scheduler.model import ModelShape
 from scheduler.outlook import Outlook
+from scheduler.prefix import Node, Prefix, PrefixIndex, Sharing, held_bytes, idle_bytes
 from scheduler.roofline import CAUSES, StepCost, step_bytes, step_flops
 from scheduler.sequence import Ended, Sequence, outcome
 from scheduler.tiers import Tier
@@ -68,13 +69,21 @@ class Flight:
 
 
 class Gate:
-    """Owns ledger, waiting list, fairness account and length history of one worker."""
+    """Owns ledger, prefix index, waiting list, fairness account and length history of one worker."""
 
-    def __init__(self, cost: CostModel, capacity_bytes: float, tiers: tuple[Tier, ...], limits: Limits) -> None:
+    def __init__(
+        self,
+        cost: CostModel,
+        capacity_bytes: float,
+        tiers: tuple[Tier, ...],
+        limits: Limits,
+        sharing: Sharing = Sharing.NOBODY,
+    ) -> None:
         self.cost = cost
         self.shape = cost.shape
         self.limits = limits
         self.ledger = Ledger(capacity_bytes)
+        self.prefixes = PrefixIndex(sharing, limits.block_tokens, self._block_bytes, self.ledger)
         self.history = LengthHistory()
         self.account = Account()
         self.tiers = {tier.name: tier for tier in tiers}
@@ -87,6 +96,9 @@ class Gate:
         self._step = 0
         self._start: list[Request] = []
         self._stop: list[int] = []
+        self._kept: list[Kept] = []
+        self._evicted: list[int] = []
+        self._shared: list[Shared] = []
         self._ended: list[Ended] = []
         self._flight: Flight | None = None
         self._outlook: Outlook | None = None
@@ -114,10 +126,24 @@ class Gate:
         return Accept(outlook.prefill_seconds(tier.rank, ahead), outlook.utps)
 
     def _candidate(self, request: Request, tier: Tier, now: float) -> Waiting:
-        reserved_output = self.history.reserve_tokens(request)
         self._orders += 1
-        footprint = self._bytes(len(request.prompt) + reserved_output)
-        return Waiting(request, tier, self._orders, now, footprint, reserved_output)
+        output = self.history.reserve_tokens(request)
+        return self._waiting(request, tier, self._orders, now, output, self.prefixes.prefix(request))
+
+    def _waiting(
+        self,
+        request: Request,
+        tier: Tier,
+        order: int,
+        arrived_at: float,
+        output: int,
+        prefix: Prefix,
+        sequence: Sequence | None = None,
+    ) -> Waiting:
+        footprint, hits = self._bytes(len(request.prompt) + output), self.prefixes.hits(prefix)
+        needed = footprint - held_bytes(hits) + idle_bytes(hits)
+        uncached = prefix.known - len(hits) * self.limits.block_tokens
+        return Waiting(request, tier, order, arrived_at, footprint, output, prefix, needed, uncached, sequence)
 
     def _wait_or_refuse(self, candidate: Waiting, obstacle: Reason) -> Decision:
         wait = self._predicted_wait(candidate)
@@ -142,9 +168,13 @@ class Gate:
         return False
 
     def fail_running(self) -> list[TokenEvent]:
-        """The engine failed: every running request ends with an error. Those that wait stay."""
+        """The engine failed: every running request ends with an error, and no cached block is trusted. Those that wait
+        stay."""
         self._flight = None
-        return [self._fail(sequence) for sequence in list(self.running.values())]
+        events = [self._fail(sequence) for sequence in list(self.running.values())]
+        while self._evict():
+            pass
+        return events
 
     # --- the step -----------------------------------------------------------------------------------------------------
 
@@ -159,14 +189,20 @@ class Gate:
         refused = self._refuse_late(now)
         self._make_room_to_grow()
         may_grow = self.ledger.reserved_bytes < KV_GATE * self.ledger.capacity_bytes
-        filled = fill_step(self.cost, self.running.values(), self._turn, may_grow, now)
+        promised, best_effort, prefilling = sort_out(self.running.values())
+        prefilling = self._reuse(prefilling)
+        filled = fill_step(self.cost, promised, best_effort, prefilling, self._turn, may_grow, now)
         self._turn += filled.best_effort
+        self._take_blocks(filled)
         start, self._start = tuple(self._start), []
         stop, self._stop = tuple(self._stop), []
+        kept, self._kept = tuple(self._kept), []
+        evicted, self._evicted = tuple(self._evicted), []
+        shared, self._shared = tuple(self._shared), []
         predicted = self.cost.seconds(filled.work) if filled.entries else 0.0
         if filled.entries:
             self._flight = Flight(filled, predicted, predicted * (1 + self.cost.margin))
-        return StepPlan(filled.entries, start, stop, tuple(refused), predicted)
+        return StepPlan(filled.entries, start, stop, tuple(refused), predicted, kept, evicted, shared)
 
     def observe(self, tokens: dict[int, list[int]], seconds: float, host_seconds: float, now: float) -> StepOutcome:
         """Takes in the step that was in flight: its tokens, the engine's seconds, and the loop's before it.
@@ -182,7 +218,7 @@ class Gate:
         self.cost.observe(work, measured)
         slow = measured > flight.safe_seconds
         per_kv_byte, per_token = _rates(cost, work.kv_read_bytes, work.query_tokens, measured)
-        events = []
+        events, block = [], self.limits.block_tokens
         for (key, _, position, query_tokens, delivers, _), sequence in zip(
             flight.filled.entries, flight.filled.sequences, strict=True
         ):
@@ -191,6 +227,8 @@ class Gate:
             kv_bytes = self.shape.kv_bytes(position + query_tokens)
             self.account.charge(sequence.request.tenant, per_token * query_tokens + per_kv_byte * kv_bytes)
             sequence.computed += query_tokens
+            if query_tokens > 1 or sequence.computed % block == 0:
+                self._publish(sequence)
             if delivers:
                 events.append(self._deliver(sequence, tokens.get(key, []), now, slow))
         delivered = sum(len(event.tokens) for event in events)
@@ -198,7 +236,8 @@ class Gate:
 
     def snapshot(self, stalled_seconds: float) -> Snapshot:
         tier = self.tiers.get("default") or next(iter(self.tiers.values()))
-        nobody = Waiting(Request(0, 0, (0,), 1), tier, 0, 0.0, self._bytes(self.limits.block_tokens), 1)
+        request = Request(0, 0, (0,), 1)
+        nobody = self._waiting(request, tier, 0, 0.0, 1, self.prefixes.prefix(request))
         return Snapshot(
             running=len(self.running),
             waiting=len(self.waiting),
@@ -206,6 +245,7 @@ class Gate:
             kv_capacity_bytes=int(self.ledger.capacity_bytes),
             stalled_seconds=stalled_seconds,
             predicted_wait_seconds=self._predicted_wait(nobody),
+            prefix_marks=self.prefixes.marks,
         )
 
     def take_ended(self) -> list[Ended]:
@@ -222,11 +262,13 @@ class Gate:
             if key not in self.running:
                 continue  # it gave way to another
             sequence.reserved_output = grown(sequence.reserved_output, sequence.request.max_tokens)
-            needed = self._bytes(sequence.prompt_tokens + sequence.reserved_output)
-            while key in self.running and not self.ledger.can_grow(key, needed):
+            footprint = self._bytes(sequence.prompt_tokens + sequence.reserved_output)
+            more = footprint - sequence.footprint_bytes
+            while key in self.running and not self.ledger.can_reserve(more):
                 self._preempt(max(self.running.values(), key=lambda s: (s.tier.rank, s.order)))
             if key in self.running:
-                self.ledger.grow(key, needed)
+                self.ledger.grow(key, self.ledger.held_bytes(key) + more)
+                sequence.footprint_bytes = footprint
                 self._outlook = None
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -237,20 +279,30 @@ class Gate:
         self.preemptions += 1
         sequence.restarts += 1
         self._remove(sequence)
-        sequence.computed = 0
-        request, output = sequence.request, sequence.reserved_output
-        footprint = self._bytes(sequence.prompt_tokens + output)
-        again = Waiting(request, sequence.tier, sequence.order, sequence.arrived_at, footprint, output, sequence)
+        sequence.computed = sequence.held_tokens = 0
+        again = self._waiting(
+            sequence.request,
+            sequence.tier,
+            sequence.order,
+            sequence.arrived_at,
+            sequence.reserved_output,
+            sequence.prefix,
+            sequence,
+        )
         self.waiting.add(again, first=True)
 
     def _remove(self, sequence: Sequence) -> None:
         """Out of the running ones: its KV is free from the next plan on."""
         key = sequence.key
         del self.running[key]
+        shareable = self._bytes(len(sequence.prefix.nodes) * self.limits.block_tokens)
+        self.ledger.used_bytes -= self._bytes(sequence.held_tokens) - shareable
         self.ledger.release(key)
+        self.prefixes.release(sequence.prefix)
         self._outlook = None
         if any(request.key == key for request in self._start):
             self._start = [request for request in self._start if request.key != key]  # the engine never saw it
+            self._shared = [shared for shared in self._shared if shared.key != key]
         else:
             self._stop.append(key)
 
@@ -258,11 +310,68 @@ class Gate:
         block = self.limits.block_tokens
         return self.shape.kv_bytes(-(-tokens // block) * block)
 
+    def _block_bytes(self, block: int) -> float:
+        """Of the n-th block of a sequence."""
+        tokens = block * self.limits.block_tokens
+        return self._bytes(tokens + 1) - self._bytes(tokens)
+
+    # --- the prefix cache ---------------------------------------------------------------------------------------------
+
+    def _reuse(self, prefilling: list[Sequence]) -> list[Sequence]:
+        """Takes over what others have computed by now. Who would compute the same block as another before it waits for
+        that one: the same prompt many times at once is computed once.
+        """
+        ready, coming = [], set()
+        for sequence in prefilling:
+            prefix = sequence.prefix
+            if prefix.may_go_on(sequence.computed) and (hits := self.prefixes.hits(prefix)):
+                self.ledger.give_back(sequence.key, held_bytes(hits))
+                self._take_over(sequence, hits)
+            block = prefix.coming(sequence.computed)
+            if block not in coming or not prefix.may_go_on(sequence.computed):
+                ready.append(sequence)
+            if block is not None:
+                coming.add(block)
+        return ready
+
+    def _take_over(self, sequence: Sequence, hits: list[Node]) -> None:
+        self.prefixes.hold(sequence.prefix, hits)
+        self._shared.append(Shared(sequence.key, tuple(node.number for node in hits)))
+        tokens = len(hits) * self.limits.block_tokens
+        sequence.computed += tokens
+        sequence.held_tokens += tokens
+        if not sequence.restarts:
+            sequence.cached_tokens += tokens
+        self._outlook = None
+
+    def _publish(self, sequence: Sequence) -> None:
+        for place, number in self.prefixes.publish(sequence.prefix, sequence.computed):
+            self._kept.append(Kept(sequence.key, place, number))
+
+    def _take_blocks(self, filled: Filled) -> None:
+        """The step's tokens need blocks; where too few are free, idle ones are evicted."""
+        for (_, _, position, query_tokens, _, _), sequence in zip(filled.entries, filled.sequences, strict=True):
+            stop = position + query_tokens
+            if stop > sequence.held_tokens:
+                self.ledger.used_bytes += self._bytes(stop) - self._bytes(sequence.held_tokens)
+                sequence.held_tokens = -(-stop // self.limits.block_tokens) * self.limits.block_tokens
+        while self.ledger.used_bytes > self.ledger.capacity_bytes and self._evict():
+            pass
+
+    def _evict(self) -> bool:
+        node = self.prefixes.evict()
+        if node is None:
+            return False
+        self.ledger.used_bytes -= node.held_bytes
+        self._evicted.append(node.number)
+        return True
+
     # --- waiting and starting -----------------------------------------------------------------------------------------
 
     def _obstacle(self, candidate: Waiting) -> Reason | None:
         """What keeps a request from starting now, if anything does."""
-        if not self.ledger.can_reserve(candidate.footprint_bytes):
+        hits = self.prefixes.hits(candidate.prefix)  # others have come and gone since it arrived
+        if not self.ledger.can_reserve(candidate.footprint_bytes - held_bytes(hits) + idle_bytes(hits)):
             return Reason.KV_FOOTPRINT
         if len(self.running) >= self.limits.sequences:
             return Reason.TIME_BUDGET
@@ -285,8 +394,16 @@ class Gate:
             started_at=now,
             reserved_output=waiting.reserved_output,
             prompt_tokens=len(request.prompt),
+            footprint_bytes=waiting.footprint_bytes,
+            prefix=waiting.prefix,
+            generated=waiting.prefix.generated,
         )
-        self.ledger.reserve(request.key, waiting.footprint_bytes)
+        sequence.footprint_bytes = waiting.footprint_bytes  # of who was preempted, it may have grown
+        hits = self.prefixes.hits(sequence.prefix)
+        self.ledger.reserve(request.key, waiting.footprint_bytes - held_bytes(hits))
+        self.prefixes.query_tokens += sequence.known
+        if hits:
+            self._take_over(sequence, hits)
         self.running[request.key] = sequence
         if sequence.generated:
             prompt = [*request.prompt, *sequence.generated]
@@ -338,6 +455,7 @@ class Gate:
         request = sequence.request
         sequence.first_at = sequence.first_at or now
         sequence.last_at = now
+        is_first = not sequence.generated
         left = request.max_tokens - len(sequence.generated)
         taken = tokens[:left]
         finish = Finish.LENGTH if len(taken) == left else Finish.RUNNING
@@ -348,7 +466,8 @@ class Gate:
         if finish:
             self.history.record(request, len(sequence.generated))
             self._end(sequence, finish, slow)
-        return TokenEvent(sequence.key, taken, finish)
+        event = TokenEvent(sequence.key, taken, finish)
+        return event._replace(cached_tokens=sequence.cached_tokens) if is_first else event
 
     def _fail(self, sequence: Sequence) -> TokenEvent:
         self._end(sequence, Finish.ERROR)

@@ -205,7 +205,7 @@ class TokenEvent(NamedTuple):
     """What one step (or one decision of the gate) brought for one request.
 
     `logprobs`: one per token, where the request asks for them. Those of its prompt, from the second token on, come in
-    front of the first token's.
+    front of the first token's. `cached_tokens`: with its first tokens, how many of its prompt came from the prefix cache.
     """
 
     key: int
@@ -214,6 +214,7 @@ class TokenEvent(NamedTuple):
     reason: Reason | None = None
     retry_after_seconds: float = 0.0
     logprobs: Sequence[Logprobs] = ()
+    cached_tokens: int = 0
 
 
 # --- frames -----------------------------------------------------------------------------------------------------------
@@ -221,7 +222,9 @@ class TokenEvent(NamedTuple):
 # `length` counts the words after itself; info = number of tokens | finish << 16. This is a STEP. LOGPROBS come right before
 # the step they belong to, in as many frames as they need:
 #   length | kind | n | id[n] | number of rows[n] | width[row] | token[...] | float32[...]
-# where a row is `Logprobs`. The payload of all others is JSON, padded with spaces to whole words.
+# where a row is `Logprobs`. So does CACHED, how many tokens of its prompt each request found in the prefix cache:
+#   length | kind | n | id[n] | tokens[n]
+# The payload of all others is JSON, padded with spaces to whole words.
 
 
 MOST_WORD = 0xFFFFFFFF
@@ -233,6 +236,7 @@ class Frame(IntEnum):
     STEP = 0
     SNAPSHOT = 1
     LOGPROBS = 2
+    CACHED = 3
 
 
 def words_to_bytes(words: Sequence[int]) -> bytes:
@@ -245,9 +249,14 @@ def bytes_to_words(data: bytes) -> list[int]:
 
 
 def encode_events(step: int, events: Sequence[TokenEvent]) -> list[bytes]:
-    """The frames with the events of one gateway: a STEP, behind LOGPROBS where any of them has some."""
+    """The frames with the events of one gateway: a STEP, behind CACHED and LOGPROBS where any of them has some."""
+    cached = [(event.key & 0xFFFFFFFF, event.cached_tokens) for event in events if event.cached_tokens]
     told = [(event.key & 0xFFFFFFFF, event.logprobs) for event in events if event.logprobs]
-    return [*map(encode_logprobs, in_portions(told)), encode_step(step, events)]
+    return [
+        *([encode_cached(cached)] if cached else []),
+        *map(encode_logprobs, in_portions(told)),
+        encode_step(step, events),
+    ]
 
 
 RowsOf = tuple[int, Sequence[Logprobs]]  # a request's id, and rows of it
@@ -279,12 +288,18 @@ def encode_logprobs(told: Sequence[RowsOf]) -> bytes:
     return words_to_bytes([2 + len(columns) + len(logprobs), Frame.LOGPROBS, len(told), *columns]) + logprobs.tobytes()
 
 
+def encode_cached(cached: Sequence[tuple[int, int]]) -> bytes:
+    """One CACHED frame of (id, tokens)."""
+    columns = [*(id for id, _ in cached), *(tokens for _, tokens in cached)]
+    return words_to_bytes([2 + len(columns), Frame.CACHED, len(cached), *columns])
+
+
 def encode_step(step: int, events: Sequence[TokenEvent]) -> bytes:
     """One STEP frame with the events of one gateway."""
     ids: list[int] = []
     info: list[int] = []
     tokens: list[int] = []
-    for key, new, finish, reason, retry_after_seconds, _ in events:
+    for key, new, finish, reason, retry_after_seconds, *_ in events:
         if finish >= Finish.REFUSED:
             retry_ms = round(min(retry_after_seconds * 1000, MOST_WORD))
             new = [REASONS.index(reason or Reason.WORKER_FAILED), retry_ms]
@@ -327,7 +342,14 @@ class LogprobsFrame(NamedTuple):
             yield id, [list(islice(cells, width)) for width in islice(widths, count)]
 
 
-AnyFrame = StepFrame | LogprobsFrame | dict[str, Any]
+class CachedFrame(NamedTuple):
+    """The columns of a CACHED frame."""
+
+    ids: list[int]
+    tokens: list[int]
+
+
+AnyFrame = StepFrame | LogprobsFrame | CachedFrame | dict[str, Any]
 
 
 class FrameReader:
@@ -368,6 +390,11 @@ def decode_frame(body: bytes) -> AnyFrame:
         return StepFrame(words[1], words[3 : 3 + n], words[3 + n : 3 + 2 * n], words[3 + 2 * n :])
     if kind == Frame.LOGPROBS:
         return decode_logprobs(memoryview(body)[4:])
+    if kind == Frame.CACHED:
+        words = memoryview(body)[4:].cast("I").tolist()
+        if not words or len(words) != 1 + 2 * words[0]:
+            raise ValueError("a frame about cached tokens without its columns")
+        return CachedFrame(words[1 : 1 + words[0]], words[1 + words[0] :])
     if kind not in set(Frame):
         return {"kind": "unknown"}  # of a newer neighbour
     data: dict[str, Any] = json.loads(body[4:])
@@ -404,13 +431,15 @@ class Snapshot:
     kv_capacity_bytes: int = 0
     stalled_seconds: float = 0.0  # how long the running step has been running
     predicted_wait_seconds: float = 0.0  # for a request of the default tier that came now
+    prefix_marks: Sequence[int] = ()  # of what is in the prefix cache, see `scheduler/prefix.py`
 
     def encode(self) -> bytes:
         return encode_json_frame(Frame.SNAPSHOT, {"v": VERSION, **asdict(self)})
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Snapshot:
-        return cls(**{f.name: data[f.name] for f in fields(cls) if f.name in data})
+        values = {f.name: data[f.name] for f in fields(cls) if f.name in data}
+        return cls(**{**values, "prefix_marks": tuple(data.get("prefix_marks", ()))})
 
 
 @dataclass(frozen=True, slots=True)
@@ -439,6 +468,8 @@ class WorkerInfo:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     random_weights: bool = False  # the text says nothing
+    block_tokens: int = 0  # of the prefix cache's blocks; 0: there is none
+    shared_prefix: bool = False  # … which tenants share
     vocabulary: int = 0  # ids that the model knows, its tokenizer may know more or fewer; 0: as many as the tokenizer
 
     def encode(self) -> bytes:

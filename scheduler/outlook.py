@@ -36,14 +36,14 @@ class Outlook:
 
         Its own prompt is left out: counting it would refuse the long ones.
         """
-        missing_bytes = ahead.kv_bytes + candidate.footprint_bytes - self._ledger.free_bytes
+        missing_bytes = ahead.kv_bytes + candidate.needed_bytes - self._ledger.free_bytes
         missing_places = ahead.count + 1 - self._free_places(candidate)
         drain = self._drain.wait_seconds(missing_bytes, missing_places)
         return drain + self.prefill_seconds(candidate.tier.rank, ahead)
 
     def prefill_seconds(self, rank: int, ahead: Queued) -> float:
         """Time to compute the prompts that are before a request of this rank."""
-        tokens = ahead.tokens + sum(count for other, count in self._prefill_tokens.items() if other <= rank)
+        tokens = ahead.uncached_tokens + sum(count for other, count in self._prefill_tokens.items() if other <= rank)
         if not tokens:
             return 0.0
         chunk = max(MIN_CHUNK, math.ceil(RIDGE_SHARE * self._cost.ridge))
@@ -58,8 +58,8 @@ class Outlook:
     @cached_property
     def load(self) -> Load:
         promised = [s for s in self._running.values() if s.tier.floor_utps]
-        held = sum(self._ledger.held_bytes(s.key) for s in promised)
-        return Load(len(promised), held, min((s.tier.gap_seconds for s in promised), default=math.inf))
+        read = sum(s.footprint_bytes for s in promised)
+        return Load(len(promised), read, min((s.tier.gap_seconds for s in promised), default=math.inf))
 
     def _free_places(self, candidate: Waiting) -> int:
         if not candidate.tier.floor_utps:

@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from scheduler.messages import Finish, Request
+from scheduler.prefix import Prefix
 from scheduler.tiers import Tier
 
 
 @dataclass(slots=True)
 class Sequence:
-    """`computed` tokens of it are in the KV cache; `generated` ones are known."""
+    """`computed` tokens of it are in the KV cache, `cached_tokens` of them since before it began; `generated` are known.
+
+    `footprint_bytes`: of all its blocks, those included that others pay for, once it has become what is reserved for.
+    `held_tokens`: so many fit into the blocks that it has.
+    """
 
     key: int
     request: Request
@@ -20,8 +25,12 @@ class Sequence:
     started_at: float
     reserved_output: int
     prompt_tokens: int
+    footprint_bytes: float
+    prefix: Prefix
     generated: list[int] = field(default_factory=list)
     computed: int = 0
+    held_tokens: int = 0
+    cached_tokens: int = 0
     first_at: float = 0.0
     last_at: float = 0.0
     restarts: int = 0

@@ -9,13 +9,18 @@ from itertools import takewhile
 
 from scheduler.fairness import Account
 from scheduler.messages import Finish, Request
+from scheduler.prefix import Prefix
 from scheduler.sequence import Ended, Sequence
 from scheduler.tiers import Tier
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A request that has not started, or that was preempted and starts again."""
+    """A request that has not started, or that was preempted and starts again.
+
+    `footprint_bytes`: of all that it will hold. `needed_bytes` and `uncached_tokens`: what of it and of its prompt was
+    not in the prefix cache when it came; both are estimates as soon as others come and go.
+    """
 
     request: Request
     tier: Tier
@@ -23,6 +28,9 @@ class Waiting:
     arrived_at: float
     footprint_bytes: float
     reserved_output: int
+    prefix: Prefix
+    needed_bytes: float
+    uncached_tokens: int
     sequence: Sequence | None = None  # what it had become before it was preempted
 
     def is_late(self, now: float) -> bool:
@@ -46,13 +54,15 @@ class Queued:
     """What some waiting requests amount to."""
 
     count: int = 0
-    kv_bytes: float = 0.0
+    kv_bytes: float = 0.0  # beyond what is cached
     tokens: int = 0
+    uncached_tokens: int = 0
 
     def add(self, waiting: Waiting, sign: int) -> None:
         self.count += sign
-        self.kv_bytes = self.kv_bytes + sign * waiting.footprint_bytes if self.count else 0.0
+        self.kv_bytes = self.kv_bytes + sign * waiting.needed_bytes if self.count else 0.0
         self.tokens += sign * len(waiting.request.prompt)
+        self.uncached_tokens += sign * waiting.uncached_tokens
 
 
 class WaitingList:
@@ -83,7 +93,12 @@ class WaitingList:
     def up_to(self, rank: int) -> Queued:
         """Those whom a newcomer of this rank finds before it."""
         ahead = [queued for other, queued in self._queued.items() if other <= rank]
-        return Queued(sum(q.count for q in ahead), sum(q.kv_bytes for q in ahead), sum(q.tokens for q in ahead))
+        return Queued(
+            sum(q.count for q in ahead),
+            sum(q.kv_bytes for q in ahead),
+            sum(q.tokens for q in ahead),
+            sum(q.uncached_tokens for q in ahead),
+        )
 
     def add(self, waiting: Waiting, first: bool = False) -> None:
         """At the end of its tenant's queue, or before all others."""

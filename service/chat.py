@@ -39,6 +39,7 @@ class Chat:
         prompt = await model.text.chat_prompt(messages, limit_tokens(model.worker, visit.key))
         model.check_text(prompt, "messages")
         max_tokens = room(model.worker, visit.key, len(prompt), wanted, "messages", body.min_tokens)
+        model = generator.nearest(visit, model, prompt)
         requests = requests_for(model, body, visit, [(prompt, max_tokens)])
         told_ids = prompt if body.return_token_ids else None
         order = Order(
@@ -49,6 +50,7 @@ class Chat:
             shape=ChatShape(heading("chatcmpl", model, body, requests[0], visit.tier, told_ids)),
             include_usage=body.include_usage,
             prompt_tokens=len(prompt),
+            answers_each=body.n,
         )
         answer = generator.answer(visit, model, order, body.stream)
         return await generator.submit(visit, model, answer, order)

@@ -88,16 +88,16 @@ class Shape:
         """A choice's last chunk."""
         return self._event + self.final_format % (index, finish_reason.encode()) + self._end
 
-    def usage_chunk(self, prompt_tokens: int, completion_tokens: int) -> bytes:
-        return self._event + b'],"usage":' + usage(prompt_tokens, completion_tokens) + b"}\n\n"
+    def usage_chunk(self, usage: bytes) -> bytes:
+        return self._event + b'],"usage":' + usage + b"}\n\n"
 
-    def whole(self, choices: Sequence[tuple[bytes, Pieces, str]], prompt_tokens: int, completion_tokens: int) -> Pieces:
+    def whole(self, choices: Sequence[tuple[bytes, Pieces, str]], usage: bytes) -> Pieces:
         """The answer in one piece; per choice its text, fields about its tokens, and the finish reason."""
         pieces: Pieces = [self._heading.fields(self.whole_object, is_first=True), b',"choices":[']
         for index, (text, told, reason) in enumerate(choices):
             before = b"," if index else b""
             pieces += [before, self.whole_format % (index, text), *told, b',"finish_reason":"%b"}' % reason.encode()]
-        return [*pieces, b'],"usage":', usage(prompt_tokens, completion_tokens), b"}"]
+        return [*pieces, b'],"usage":', usage, b"}"]
 
 
 class ChatShape(Shape):
@@ -119,9 +119,8 @@ class CompletionShape(Shape):
     whole_format = b'{"index":%d,"text":"%b",'
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> bytes:
-    return b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d}' % (
-        prompt_tokens,
-        completion_tokens,
-        prompt_tokens + completion_tokens,
+def usage_of(prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> bytes:
+    return (
+        b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d,"prompt_tokens_details":{"cached_tokens":%d}}'
+        % (prompt_tokens, completion_tokens, prompt_tokens + completion_tokens, cached_tokens)
     )

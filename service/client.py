@@ -17,6 +17,7 @@ from httptools import HttpResponseParser
 from scheduler.messages import (
     REASONS,
     AnyFrame,
+    CachedFrame,
     Decision,
     Finish,
     FrameReader,
@@ -53,6 +54,7 @@ class Receiver(Protocol):
 
     withdrawn: bool  # nobody wants its tokens any more
     last_at: float  # when its last tokens came; 0 before any
+    cached_tokens: int  # of its prompt, known before its first token comes
 
     def take_logprobs(self, rows: Sequence[Logprobs]) -> None:
         """Of tokens that are about to be taken. Must not wait."""
@@ -261,6 +263,10 @@ class WorkerClient:
                 steps.append(frame)
             elif isinstance(frame, LogprobsFrame):
                 self._deal_logprobs(frame)
+            elif isinstance(frame, CachedFrame):
+                for id, tokens in zip(frame.ids, frame.tokens, strict=True):
+                    if id in self._open:
+                        self._open[id].cached_tokens = tokens
             elif frame["kind"] == "snapshot":
                 self.snapshot, self.snapshot_at = Snapshot.from_json(frame), time.monotonic()
         if len(steps) > 1 and not any(map(has_failure, steps)):

@@ -42,6 +42,7 @@ class Completions:
         limits = [room(model.worker, key, len(ids), wanted, "prompt", body.min_tokens) for ids in prompts]
         if body.only_scores:
             limits = [1] * len(limits)  # a step computes them, and draws a token whether it is wanted or not
+        model = generator.nearest(visit, model, prompts[0])
         requests = requests_for(model, body, visit, list(zip(prompts, limits, strict=True)))
         echoes = await self._echoes(model, body)
         order = Order(
@@ -52,6 +53,7 @@ class Completions:
             shape=CompletionShape(heading("cmpl", model, body, requests[0], visit.tier if body.service_tier else None)),
             include_usage=body.include_usage,
             prompt_tokens=sum(map(len, prompts)),
+            answers_each=body.n,
         )
         answer = generator.answer(visit, model, order, body.stream)
         if body.max_tokens == 0 and not body.only_scores:  # nothing to compute, so nothing for a worker to do

@@ -11,7 +11,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scheduler.messages import WorkerInfo
+from scheduler.messages import Request, WorkerInfo
+from scheduler.prefix import Sharing, known_blocks, prefix_of
 from service.client import WorkerClient
 from service.config import GatewayConfig
 from service.errors import invalid, model_not_found, unavailable
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 FRESH_SECONDS = 5.0  # a snapshot comes every second
 STALL_SECONDS = 30.0  # no step runs for so long
+EVEN_LOAD, EVEN_REQUESTS = 1.25, 2  # times as many open requests, and some more, are hardly more
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,21 @@ class Fleet:
             raise model_not_found(name)
         return min(having, key=lambda model: (not model.client.connected, model.client.open_requests))
 
+    def nearest(self, model: Model, tenant: str, prompt: Sequence[int]) -> Model:
+        """The one that has most of the prompt in its prefix cache, of those that are hardly busier than `model`."""
+        worker = model.worker
+        if len(self._served) < 2 or not worker.block_tokens:
+            return model
+        prefix = prefix_of(Request(0, 0, prompt, 1, tenant=tenant), worker.block_tokens, sharing_of(worker))
+        most = EVEN_LOAD * model.client.open_requests + EVEN_REQUESTS
+
+        def cached(other: Model) -> int:
+            snapshot = other.client.snapshot
+            return known_blocks(prefix, snapshot.prefix_marks) if snapshot else 0
+
+        alike = [other for other in self._in_order() if is_alike(other.worker, worker) and other.client.connected]
+        return max([model, *(other for other in alike if other.client.open_requests <= most)], key=cached)
+
     def _in_order(self) -> list[Model]:
         return [model for _, model in sorted(self._served.items())]
 
@@ -133,6 +150,21 @@ class Fleet:
         if snapshot.stalled_seconds > STALL_SECONDS:
             return f"the worker's running step has not ended for {snapshot.stalled_seconds:.0f} s"
         return None
+
+
+def sharing_of(worker: WorkerInfo) -> Sharing:
+    return Sharing.EVERYBODY if worker.shared_prefix else Sharing.TENANT
+
+
+def is_alike(other: WorkerInfo, worker: WorkerInfo) -> bool:
+    """It takes every request that this one takes, and gives the same answer."""
+    names = ("model", "variant", "engine", "block_tokens", "shared_prefix", "vocabulary")
+    is_same = all(getattr(other, name) == getattr(worker, name) for name in names)
+    return (
+        is_same
+        and other.context_tokens >= worker.context_tokens
+        and other.max_prompt_tokens >= worker.max_prompt_tokens
+    )
 
 
 async def build_text(worker: WorkerInfo) -> Text:

@@ -63,6 +63,10 @@ class Generator:
         check_against(model, body)
         return model
 
+    def nearest(self, visit: Visit, model: Model, prompt: Sequence[int]) -> Model:
+        """The same model, where its worker has more of the prompt in its cache and is no busier."""
+        return self.fleet.nearest(model, visit.key.tenant, prompt)
+
     def answer(self, visit: Visit, model: Model, order: Order, stream: bool) -> Answer:
         if stream:
             kind: type[Answer] = LoggedStream if order.logs else StreamedAnswer

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from scheduler.messages import Decision, Finish, Logprobs, Refuse, Request
-from service.chunks import NOTHING_TOLD, Pieces, Shape
+from service.chunks import NOTHING_TOLD, Pieces, Shape, usage_of
 from service.client import WorkerClient
 from service.config import GatewayConfig
 from service.detokenize import Rendering, TracedRendering
@@ -50,6 +50,7 @@ class Order:
     shape: Shape
     include_usage: bool
     prompt_tokens: int
+    answers_each: int = 1  # to a prompt; its choices lie side by side
 
 
 class Choice:
@@ -58,6 +59,7 @@ class Choice:
     def __init__(self, answer: Answer, index: int, rendering: Rendering) -> None:
         self.index = index
         self.tokens = 0
+        self.cached_tokens = 0  # of its prompt
         self.finish_reason = ""
         self.withdrawn = False
         self.last_at = 0.0
@@ -156,6 +158,7 @@ class Answer(Response, ABC):
         self.config = config
         self.metrics = metrics
         self.prompt_tokens = order.prompt_tokens
+        self.answers_each = order.answers_each
         self.choices = [self.choice(index, order) for index in range(len(order.requests))]
         self.ids = [request.id for request in order.requests]
         self.unfinished = len(self.choices)
@@ -194,6 +197,15 @@ class Answer(Response, ABC):
     @property
     def completion_tokens(self) -> int:
         return sum(choice.tokens for choice in self.choices)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of each prompt what was cached before any of its own answers."""
+        cached, each = [choice.cached_tokens for choice in self.choices], self.answers_each
+        return sum(min(cached[first : first + each]) for first in range(0, len(cached), each))
+
+    def usage(self) -> bytes:
+        return usage_of(self.prompt_tokens, self.cached_tokens, self.completion_tokens)
 
     # --- called while the step stream is dealt
 
@@ -307,7 +319,7 @@ class CollectedAnswer(Answer):
             (b"".join(texts), choice.told(), choice.finish_reason)
             for texts, choice in zip(self.texts, self.choices, strict=True)
         ]
-        pieces = self.shape.whole(choices, self.prompt_tokens, self.completion_tokens)
+        pieces = self.shape.whole(choices, self.usage())
         await self.respond(pieces, scope, receive, send)
         self.visit.settle("ok")
 
@@ -406,7 +418,7 @@ class StreamedAnswer(Answer):
         super().end(outcome)
         self.direct = False
         if outcome == "ok":
-            usage = self.shape.usage_chunk(self.prompt_tokens, self.completion_tokens) if self.include_usage else b""
+            usage = self.shape.usage_chunk(self.usage()) if self.include_usage else b""
             self.pending.append(usage + DONE)
 
     async def tell(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -29,6 +29,7 @@ PURE = {
     "contextlib",
     "dataclasses",
     "enum",
+    "hashlib",
     "functools",
     "heapq",
     "itertools",

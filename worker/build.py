@@ -15,6 +15,7 @@ from scheduler.gate import Gate, Limits
 from scheduler.hardware import Device
 from scheduler.messages import Sampling, WorkerInfo
 from scheduler.model import ModelShape
+from scheduler.prefix import Sharing
 from scheduler.roofline import decode_work
 from scheduler.tiers import Tier, default_tiers
 from worker.amounts import in_bytes, in_millions
@@ -124,7 +125,8 @@ def _assemble(
     limits = _limits(config, shape)
     solo = 1 / cost.seconds(decode_work(shape, 1, shape.kv_bytes(SOLO_CONTEXT)))
     tiers = default_tiers(solo)
-    gate = Gate(cost, capacity, tiers, limits)
+    sharing = Sharing.EVERYBODY if config.shared_prefix else Sharing.TENANT
+    gate = Gate(cost, capacity, tiers, limits, sharing)
     _describe(cost, capacity, tiers, solo, limits)
     strictest = min(tier.gap_seconds for tier in tiers)
     info = WorkerInfo(
@@ -147,6 +149,8 @@ def _assemble(
         min_p=files.min_p,
         repetition_penalty=files.repetition_penalty,
         random_weights=files.is_random,
+        block_tokens=limits.block_tokens,
+        shared_prefix=config.shared_prefix,
         vocabulary=shape.vocabulary,
     )
     return Built(engine, gate, info)

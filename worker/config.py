@@ -22,6 +22,7 @@ class WorkerConfig:
     context_tokens: int = 0  # 0: the model's
     max_sequences: int = 256
     max_waiting: int = 16384
+    shared_prefix: bool = False  # cached blocks are hit across tenants
     seed: int = 0  # of the simulated engine's output lengths
 
     def encode(self) -> str:

@@ -29,7 +29,7 @@ class Engine(Protocol):
     """Called from one thread only. An exception out of `run` ends every running request with an error."""
 
     def run(self, plan: StepPlan) -> StepResult:
-        """Frees `plan.stop`, takes in `plan.start`, computes `plan.entries` and waits for the result.
+        """Frees `plan.stop`, takes in `plan.start` (and what else changes hands, see there), computes `plan.entries` and waits for the result.
 
         The caller guarantees that the KV cache of all entries fits: it holds the ledger.
         """

@@ -102,6 +102,10 @@ class Meter:
         """Everything as JSON-ready values: cumulative counts, and gauges of this moment."""
         for tenant, seconds in self._gate.account.take_charged().items():
             self._count(f"tenant_step_seconds/{self._tenants.of(tenant).replace('/', '_')}", seconds)
+        prefixes = self._gate.prefixes
+        self._counters["prefix_cache_query_tokens"] = prefixes.query_tokens
+        self._counters["prefix_cache_hit_tokens"] = prefixes.hit_tokens
+        self._counters["prefix_cache_evicted_blocks"] = prefixes.evicted_blocks
         return {"counters": self._counters, "histograms": self._histograms, "gauges": self._gauges(now)}
 
     def _gauges(self, now: float) -> dict[str, float]:
@@ -111,7 +115,8 @@ class Meter:
         gate, cost = self._gate, self._gate.cost
         capacity = gate.ledger.capacity_bytes
         gauges = {
-            "kv_cache_usage_ratio": sum(gate.shape.kv_bytes(s.computed) for s in gate.running.values()) / capacity,
+            "kv_cache_usage_ratio": (gate.ledger.used_bytes - gate.prefixes.idle_bytes) / capacity,
+            "prefix_cache_idle_ratio": gate.prefixes.idle_bytes / capacity,
             "kv_predicted_peak_ratio": gate.ledger.reserved_bytes / capacity,
             "stps": sum(report.delivered_tokens for report in reports) / WINDOW_SECONDS,
             "step_margin_ratio": cost.margin,
@@ -241,6 +246,9 @@ COUNTERS = {  # key -> family, help, labels
     "limit_seconds": ("limit_seconds", "Seconds that physics allows for all steps: bytes or operations at best.", ()),
     "generation_tokens": ("generation_tokens", "Tokens generated.", ()),
     "prefill_tokens": ("prefill_tokens", "Prompt tokens computed.", ()),
+    "prefix_cache_query_tokens": ("prefix_cache_query_tokens", "Prompt tokens looked up in the prefix cache.", ()),
+    "prefix_cache_hit_tokens": ("prefix_cache_hit_tokens", "Prompt tokens found there, and not computed.", ()),
+    "prefix_cache_evicted_blocks": ("prefix_cache_evicted_blocks", "Blocks evicted that nobody used.", ()),
     "ended": ("requests_ended", "Requests that left the gate, by how they ended.", ("tier", "finish")),
     "floor_violations": ("utps_floor_violations", "Requests whose UTPS ended below the floor.", ("tier", "cause")),
 }
@@ -255,7 +263,8 @@ HISTOGRAMS = {
     "utps": ("utps", "Tokens per second of a request, as emitted.", RATES, ("tier",)),
 }
 GAUGES = {
-    "kv_cache_usage_ratio": "Share of the KV cache that holds tokens.",
+    "kv_cache_usage_ratio": "Share of the KV cache in blocks that running requests use.",
+    "prefix_cache_idle_ratio": "Share of the KV cache in blocks that nobody uses, kept until they are hit or evicted.",
     "kv_predicted_peak_ratio": "Share of the KV cache that is reserved for what running requests will become.",
     "stps": "Tokens generated per second, over the last second.",
     "bandwidth_utilization_ratio": "Bytes moved per busy second over the highest bandwidth seen, last second.",

@@ -29,6 +29,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "threads": ("2", 2),
     "kv_cache": ("4GiB", 4 << 30),
     "context": ("2048", 2048),
+    "shared_prefix": ("true", True),
     "max_sequences": ("17", 17),
     "max_waiting": ("0", 0),
     "host": ("127.0.0.2", "127.0.0.2"),

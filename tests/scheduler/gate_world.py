@@ -14,6 +14,7 @@ from scheduler.gate import Gate, Limits, StepOutcome
 from scheduler.hardware import CATALOGUE, Device
 from scheduler.messages import Accept, Decision, Finish, Refuse, Request, TokenEvent, Wait
 from scheduler.model import SHAPES, LayerGroup, ModelShape
+from scheduler.prefix import Sharing
 from scheduler.roofline import StepWork, step_cost, step_work
 from scheduler.sequence import Ended
 from scheduler.tiers import Tier, default_tiers
@@ -49,8 +50,12 @@ def make_request(
     tier: str = "default",
     tenant: str = "",
     stop_ids: frozenset[int] = frozenset(),
+    shared: int = 0,
 ) -> Request:
-    return Request(number, 1, [number % VOCABULARY] * prompt, max_tokens, tier, tenant, stop_ids=stop_ids)
+    """The first `shared` tokens of its prompt are as those of others."""
+    shared = min(shared, prompt)
+    tokens = [*range(shared), *[number % VOCABULARY] * (prompt - shared)]
+    return Request(number, 1, tokens, max_tokens, tier, tenant, stop_ids=stop_ids)
 
 
 def solo_utps(device: Device, shape: ModelShape) -> float:
@@ -59,26 +64,58 @@ def solo_utps(device: Device, shape: ModelShape) -> float:
 
 @dataclass(slots=True)
 class Held:
-    """A sequence in the engine: its known tokens, and how many of them are in the KV cache."""
+    """A sequence in the engine: its known tokens, how many of them are in the KV cache, and in which blocks."""
 
     request_id: int
+    tenant: str
     tokens: list[int]
     computed: int = 0
+    blocks: list[Block] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class Block:
+    """What its slots were computed from: all tokens of the sequence up to its end, and whose they were."""
+
+    tenant: str
+    tokens: list[int]
 
 
 class EngineModel:
     """Holds a plan to the contract between gate and engine."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, sharing: Sharing) -> None:
         self.limits = limits
+        self.sharing = sharing
         self.sequences: dict[int, Held] = {}
+        self.kept: dict[int, Block] = {}
 
     def change_hands(self, plan: StepPlan) -> None:
+        size = self.limits.block_tokens
+        for key, place, number in plan.kept:
+            block = self.sequences[key].blocks[place]
+            assert number not in self.kept and len(block.tokens) == (place + 1) * size, "kept twice, or not full"
+            self.kept[number] = block
         for key in plan.stop:
             assert self.sequences.pop(key, None) is not None, "stopped without having been started"
+        for number in plan.evicted:
+            del self.kept[number]
         for request in plan.start:
             assert request.key not in self.sequences, "started twice"
-            self.sequences[request.key] = Held(request.id, list(request.prompt))
+            self.sequences[request.key] = Held(request.id, request.tenant, list(request.prompt))
+        for key, numbers in plan.shared:
+            held = self.sequences[key]
+            assert held.computed == size * len(held.blocks)
+            held.blocks += (blocks := [self.kept[number] for number in numbers])
+            held.computed = size * len(held.blocks)
+            assert held.computed < len(held.tokens), "nothing is left to draw from"
+            assert blocks[-1].tokens == held.tokens[: held.computed], "other tokens than these"
+            assert self.sharing is Sharing.EVERYBODY or all(block.tenant == held.tenant for block in blocks)
+
+    @property
+    def blocks(self) -> set[Block]:
+        """All that hold something."""
+        return {block for held in self.sequences.values() for block in held.blocks} | set(self.kept.values())
 
     def compute(self, plan: StepPlan) -> dict[int, list[int]]:
         assert len({entry.key for entry in plan.entries}) == len(plan.entries), "a sequence has two entries"
@@ -88,6 +125,7 @@ class EngineModel:
             assert query_tokens > 0 and position == held.computed, "a gap or an overlap in the positions"
             assert kind is Kind.PREFILL or query_tokens == 1
             held.computed += query_tokens
+            self._write(held, position)
             assert held.computed <= len(held.tokens), "computes tokens that nobody knows"
             assert delivers == (held.computed == len(held.tokens))
             assert len(held.tokens) <= self.limits.context_tokens
@@ -95,6 +133,15 @@ class EngineModel:
                 drawn[key] = [next_token(held.request_id, len(held.tokens))]
                 held.tokens += drawn[key]
         return drawn
+
+    def _write(self, held: Held, position: int) -> None:
+        size = self.limits.block_tokens
+        for place in range(position // size, -(-held.computed // size)):
+            if place == len(held.blocks):
+                held.blocks.append(Block(held.tenant, []))
+            block = held.blocks[place]
+            assert len(block.tokens) < (place + 1) * size, "writes into a full block, which others may use"
+            block.tokens = held.tokens[: min(held.computed, (place + 1) * size)]
 
 
 @dataclass(slots=True)
@@ -119,14 +166,15 @@ class World:
         tiers: tuple[Tier, ...] | None = None,
         margin: float = 0.05,
         slowness: Callable[[int], float] = lambda step: 1.0,
+        sharing: Sharing = Sharing.NOBODY,
     ) -> None:
         self.device, self.shape = device, shape
         self.limits = limits or Limits(context_tokens=8192)
         self.cost = CostModel(device, shape, margin)
         capacity = self.limits.block_tokens * (capacity_tokens // self.limits.block_tokens) * shape.kv_bytes(1)
         tiers = tiers or default_tiers(solo_utps(device, shape))
-        self.gate = Gate(self.cost, capacity, tiers, self.limits)
-        self.engine = EngineModel(self.limits)
+        self.gate = Gate(self.cost, capacity, tiers, self.limits, sharing)
+        self.engine = EngineModel(self.limits, sharing)
         self.slowness = slowness
         self.now = 0.0
         self.steps = 0
@@ -207,25 +255,34 @@ class World:
     def check_books(self) -> None:
         gate, ledger = self.gate, self.gate.ledger
         held = math.fsum(ledger.held_bytes(key) for key in gate.running)
-        assert math.isclose(held, ledger.reserved_bytes, rel_tol=1e-9, abs_tol=1e-3)
-        assert ledger.reserved_bytes <= ledger.capacity_bytes
+        pinned = ledger.pinned_bytes
+        assert math.isclose(held + pinned, ledger.reserved_bytes, rel_tol=1e-9, abs_tol=1e-3)
+        assert pinned >= 0 and ledger.reserved_bytes <= ledger.capacity_bytes
+        assert ledger.used_bytes - gate.prefixes.idle_bytes <= ledger.reserved_bytes * (1 + 1e-9)
         assert len(gate.running) <= self.limits.sequences
         assert len(gate.waiting) <= self.limits.waiting or gate.preemptions
         assert gate.running.keys().isdisjoint(gate.waiting)
 
     def check_memory(self) -> None:
-        """What the engine holds, in whole blocks, is covered sequence by sequence."""
-        block = self.limits.block_tokens
+        """What the engine holds, in whole blocks, is covered sequence by sequence, and all of it is what the ledger says."""
+        size, ledger = self.limits.block_tokens, self.gate.ledger
         for key, held in self.engine.sequences.items():
-            blocks = -(-held.computed // block)
-            assert self.shape.kv_bytes(blocks * block) <= self.gate.ledger.held_bytes(key) * (1 + 1e-9)
+            assert self.shape.kv_bytes(len(held.blocks) * size) <= self.gate.running[key].footprint_bytes * (1 + 1e-9)
+        places = [-(-len(block.tokens) // size) * size for block in self.engine.blocks]
+        used = math.fsum(self.shape.kv_bytes(stop) - self.shape.kv_bytes(stop - size) for stop in places)
+        assert math.isclose(used, ledger.used_bytes, rel_tol=1e-9, abs_tol=1e-3)
+        assert ledger.used_bytes <= ledger.capacity_bytes
 
     def check_prefill(self, plan: StepPlan) -> None:
         """Every step moves the prompts on, whatever else it carries."""
-        left = 0
+        left, lefts = 0, [0]
         for key, held in self.engine.sequences.items():
             is_decoding = held.computed == len(held.tokens) - 1 >= len(self.stories[key].request.prompt)
-            left += 0 if is_decoding else len(held.tokens) - held.computed
+            lefts.append(0 if is_decoding else len(held.tokens) - held.computed)
+        if self.engine.sharing is Sharing.NOBODY:
+            left = sum(lefts)
+        elif any(lefts):  # who waits for a block of another does not count
+            left = min(filter(None, lefts))
         moved = sum(entry.query_tokens for entry in plan.entries if entry.kind is Kind.PREFILL)
         assert moved >= min(MIN_CHUNK, left)
 
@@ -256,6 +313,11 @@ class World:
         finishes = Counter(story.ends[0] for story in self.stories.values() if not isinstance(story.decision, Refuse))
         assert Counter(ended.finish for ended in self.ended) == finishes
         assert not gate.has_work and not gate.running and not gate.waiting
+        assert gate.ledger.used_bytes == gate.prefixes.idle_bytes, "what is left is cached"
+        while gate._evict():
+            pass
+        assert gate.ledger.used_bytes == gate.prefixes.idle_bytes == gate.ledger.pinned_bytes == 0
+        assert not len(gate.prefixes) and set(gate._evicted) == set(self.engine.kept)
         assert gate.ledger.reserved_bytes == 0 and not self.engine.sequences
         assert not any(queues for queues in gate.waiting._queues.values())
         assert all(

@@ -14,6 +14,7 @@ from scheduler.gate import Limits
 from scheduler.hardware import CATALOGUE
 from scheduler.messages import Finish, Request
 from scheduler.model import ModelShape
+from scheduler.prefix import Sharing
 from scheduler.tiers import Tier, default_tiers
 
 TIERS = ("priority", "default", "flex", "batch")
@@ -41,9 +42,10 @@ class Visit:
     stop_ids: frozenset[int]
     leaves_after: int | None
     comes_back: bool
+    shared: int = 0
 
     def request(self, number: int) -> Request:
-        return make_request(number, self.prompt, self.max_tokens, self.tier, self.tenant, self.stop_ids)
+        return make_request(number, self.prompt, self.max_tokens, self.tier, self.tenant, self.stop_ids, self.shared)
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,13 @@ class Setting:
     limits: Limits
     margin: float
     strictness: float  # 1 is the usual floors; 2 twice as fast
+    sharing: Sharing
 
     def world(self) -> World:
         name, shape = self.machine
         device = CATALOGUE[name]
         tiers = default_tiers(solo_utps(device, shape) * self.strictness)
-        return World(device, shape, self.capacity_tokens, self.limits, tiers, self.margin)
+        return World(device, shape, self.capacity_tokens, self.limits, tiers, self.margin, sharing=self.sharing)
 
 
 visits = st.builds(
@@ -72,6 +75,7 @@ visits = st.builds(
     stop_ids=st.sampled_from([frozenset(), frozenset(), frozenset({7}), frozenset(range(10))]),
     leaves_after=st.none() | st.integers(0, 60),
     comes_back=st.booleans(),
+    shared=st.sampled_from([0, 5, 40, 160, 600]),
 )
 sittings = st.builds(
     Setting,
@@ -86,6 +90,7 @@ sittings = st.builds(
     ),
     margin=st.sampled_from([0.02, 0.05, 0.3, 1.0]),
     strictness=st.sampled_from([1.0, 1.7, 4.0]),
+    sharing=st.sampled_from([Sharing.NOBODY, Sharing.TENANT, Sharing.EVERYBODY]),
 )
 
 
@@ -157,7 +162,7 @@ def test_answers_that_outgrow_their_history_are_preempted_and_go_on_with_the_sam
     script: list[Visit], capacity_tokens: int
 ) -> None:
     """A history of short answers makes reservations small; the answers that follow are long."""
-    world = World(CATALOGUE["h100"], SMALL, capacity_tokens, Limits(2048, sequences=24))
+    world = World(CATALOGUE["h100"], SMALL, capacity_tokens, Limits(2048, sequences=24), sharing=Sharing.TENANT)
     for number in range(40):
         world.gate.history.record(make_request(number), 4)
     long = [replace(visit, max_tokens=500, stop_ids=frozenset(), prompt=visit.prompt % 60 + 1) for visit in script]
@@ -188,7 +193,7 @@ def test_a_machine_slower_or_faster_than_predicted_loses_no_request(script: list
 @settings(max_examples=15)
 @given(st.lists(visits, min_size=5, max_size=30), st.integers(0, 40))
 def test_an_engine_that_fails_ends_all_that_run_and_none_that_wait(script: list[Visit], steps: int) -> None:
-    world = World(CATALOGUE["h100"], SMALL, 1500, Limits(2048, sequences=4))
+    world = World(CATALOGUE["h100"], SMALL, 1500, Limits(2048, sequences=4), sharing=Sharing.EVERYBODY)
     for number, visit in enumerate(script):
         world.arrive(visit.request(number))
     for _ in range(steps):

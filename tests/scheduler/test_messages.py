@@ -18,6 +18,7 @@ from scheduler.messages import (
     REASONS,
     VERSION,
     Accept,
+    CachedFrame,
     Finish,
     Frame,
     FrameReader,
@@ -234,7 +235,7 @@ def test_a_frame_over_the_limit_is_an_error_before_it_has_arrived() -> None:
         FrameReader(limit_bytes=64).feed((1000).to_bytes(4, "little"))
 
 
-@given(st.builds(Snapshot, words, words, words, words, seconds, seconds))
+@given(st.builds(Snapshot, words, words, words, words, seconds, seconds, st.lists(words).map(tuple)))
 def test_a_snapshot_comes_back_as_a_frame(snapshot: Snapshot) -> None:
     encoded = snapshot.encode()
     assert len(encoded) % 4 == 0
@@ -346,3 +347,21 @@ def test_a_damaged_frame_of_log_probabilities_is_a_value_error_or_fits_together(
     except ValueError:
         return
     assert isinstance(decoded, LogprobsFrame) and [len(rows) for _, rows in decoded.rows()] == decoded.counts
+
+
+def test_cached_tokens_come_before_their_step() -> None:
+    events = [
+        TokenEvent(1 << 32 | 5, (7,), cached_tokens=2000),
+        TokenEvent(6, (8,)),
+        TokenEvent(9, (9,), cached_tokens=16),
+    ]
+    cached, step = FrameReader().feed(b"".join(encode_events(3, events)))
+    assert cached == CachedFrame([5, 9], [2000, 16])
+    assert isinstance(step, StepFrame) and step.ids == [5, 6, 9]
+    assert len(encode_events(3, [TokenEvent(6, (8,))])) == 1
+
+
+@pytest.mark.parametrize("words", [(), (1,), (1, 5), (2, 5, 6, 16)])
+def test_a_frame_of_cached_tokens_without_its_columns_is_a_value_error(words: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="cached"):
+        decode_frame(words_to_bytes([Frame.CACHED, *words]))

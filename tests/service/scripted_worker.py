@@ -82,9 +82,10 @@ class ScriptedWorker:
         finish: Finish = Finish.RUNNING,
         reason: Reason | None = None,
         retry_after_seconds: float = 0.0,
+        cached_tokens: int = 0,
     ) -> None:
         rows = self._rows(request, tokens)
-        event = TokenEvent(request.key, list(tokens), finish, reason, retry_after_seconds, rows)
+        event = TokenEvent(request.key, list(tokens), finish, reason, retry_after_seconds, rows, cached_tokens)
         self.raw(b"".join(encode_events(0, [event])), request.gateway)
 
     def _rows(self, request: Request, tokens: Sequence[int]) -> list[Logprobs]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 from gateway_under_test import raw_post
@@ -174,3 +175,25 @@ def test_prompt_is_not_repeated_without_end(gateways):
     error = gateway.post(TEXT, prompt=[70] * 10_000, n=105).json()["error"]
     assert error["param"] == "n" and "1050000 tokens" in error["message"]
     assert gateway.post(TEXT, prompt=[70] * 10_000, n=104, max_tokens=0).status_code == 200
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_what_is_cached_is_counted_once_for_every_prompt(gateway, ids, is_streamed):
+    """12: of a prompt's choices the one that found least; the others found what that one had computed."""
+    gateway.worker.script = None
+    fields = {"prompt": ["one", "two"], "n": 2, "max_tokens": 4}
+    asked = threading.Thread(target=lambda: told.append(ask(gateway, is_streamed, fields)))
+    told = []
+    asked.start()
+    for request, cached in zip(requests_of(gateway, 4), (0, 48, 32, 64), strict=True):
+        gateway.worker.emit(request, ids.of("hello")[:1], cached_tokens=cached)
+        gateway.worker.emit(request, [ids.end], Finish.STOP)
+    asked.join()
+    assert told[0]["prompt_tokens_details"] == {"cached_tokens": 32}
+
+
+def ask(gateway, is_streamed, fields):
+    """The usage."""
+    if is_streamed:
+        return gateway.chunks("/v1/completions", stream_options={"include_usage": True}, **fields)[-1]["usage"]
+    return gateway.post("/v1/completions", **fields).json()["usage"]

@@ -102,6 +102,7 @@ def test_zero_tokens_ask_no_worker(gateway, ids, echo):
         "prompt_tokens": len(ids.of("hello")),
         "completion_tokens": 0,
         "total_tokens": len(ids.of("hello")),
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
     chunks = gateway.chunks(PATH, prompt="hello", max_tokens=0, echo=echo)
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == ("hello" if echo else "")

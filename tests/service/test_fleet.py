@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from scheduler.messages import Snapshot
+from scheduler.messages import Request, Snapshot
+from scheduler.prefix import Sharing, mark_of, prefix_of
 from service.config import GatewayConfig
 from service.errors import ApiError
 from service.fleet import Fleet
@@ -161,5 +162,32 @@ def test_requests_of_one_gateway_have_ids_of_their_own(worker_info):
         ids = [client.next_id() for _ in range(10) for client in world.clients]
         assert len(set(ids)) == 30
         assert len({client.gateway for client in world.clients}) == 1
+
+    in_world(worker_info, test)
+
+
+def test_a_worker_that_has_the_prompt_goes_first_unless_it_is_busier(worker_info):
+    def marks(tenant, prompt):
+        prefix = prefix_of(Request(0, 0, prompt, 1, tenant=tenant), 16, Sharing.TENANT)
+        return tuple(mark_of(prefix.digest(blocks - 1)) for blocks in (1, 4, 16) if blocks * 16 <= len(prompt))
+
+    async def test(world):
+        for place in range(3):
+            await world.up(place, "a", block_tokens=16)
+        prompt = list(range(400))
+        first, short, long = (world.fleet._served[place] for place in range(3))
+        world.clients[1].snapshot = Snapshot(prefix_marks=marks("acme", prompt[:20]))
+        world.clients[2].snapshot = Snapshot(prefix_marks=marks("acme", prompt))
+        assert world.fleet.nearest(first, "acme", prompt) is long
+        assert world.fleet.nearest(first, "other", prompt) is first, "another tenant hits nothing there"
+        assert world.fleet.nearest(first, "acme", [7, *prompt]) is first
+        world.load(2, 3)
+        assert world.fleet.nearest(first, "acme", prompt) is short
+        world.down(1)
+        assert world.fleet.nearest(first, "acme", prompt) is first
+        world.load(2, 2)
+        await world.up(2, "a", block_tokens=16, max_prompt_tokens=100)
+        world.clients[2].snapshot = Snapshot(prefix_marks=marks("acme", prompt))
+        assert world.fleet.nearest(first, "acme", prompt) is first, "it could not take all that the other takes"
 
     in_world(worker_info, test)

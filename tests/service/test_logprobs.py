@@ -519,6 +519,7 @@ def test_an_answer_in_one_piece_is_written_down_as_it_comes(worker_info, ids):
     order = SimpleNamespace(
         requests=[SimpleNamespace(id=1), SimpleNamespace(id=2)],
         prompt_tokens=2,
+        answers_each=2,
         renderings=[text.traced_rendering((), 0), text.traced_rendering(("STOP",), 0)],
         logs=logs,
         echoes=[b"", b""],

@@ -144,6 +144,7 @@ def test_ping_is_due_after_the_last_delivery_or_the_last_ping():
     order = SimpleNamespace(
         requests=[SimpleNamespace(id=1), SimpleNamespace(id=2)],
         prompt_tokens=2,
+        answers_each=2,
         renderings=[None, None],
         logs=[],
         echoes=[b"", b""],

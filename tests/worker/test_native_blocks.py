@@ -48,6 +48,36 @@ def test_blocks_have_one_owner_and_none_is_lost(moves: list[tuple[bool, int, int
     assert allocator.find_room(1, 20) == range(20), "nothing is kept for anybody any more"
 
 
+@given(st.lists(st.tuples(st.sampled_from(["grow", "keep", "go on", "stop", "evict"]), st.integers(0, 9)), max_size=80))
+def test_shared_blocks_live_as_long_as_anybody_uses_them(moves: list[tuple[str, int]]) -> None:
+    cache, tables, kept = make_cache(20), [BlockTable() for _ in range(4)], dict[int, list[int]]()
+    for number, (move, choice) in enumerate(moves):
+        table, full = tables[choice % 4], tables[choice % 4].tokens // BLOCK_TOKENS
+        if move == "grow" and cache.allocator.free_blocks >= 2:
+            cache.grow(table, table.tokens + 1 + 3 * choice, 64)
+        elif move == "keep" and full:
+            cache.keep(table, choice % full, number)
+            kept[number] = [table.blocks[choice % full]]
+        elif move == "go on" and kept and table.tokens % BLOCK_TOKENS == 0:
+            name = list(kept)[choice % len(kept)]
+            cache.go_on(table, [name])
+            assert table.blocks[-1:] == kept[name]
+        elif move == "stop":
+            cache.truncate(table, 0)
+        elif move == "evict" and kept:
+            cache.evict(kept_name := list(kept)[choice % len(kept)])
+            del kept[kept_name]
+        used = {block for table in tables for block in table.blocks}.union(*kept.values())
+        assert len(used) == 20 - cache.allocator.free_blocks
+        assert all(list(table.array[: len(table.blocks)]) == table.blocks for table in tables)
+    for table in tables:
+        cache.truncate(table, 0)
+    for name in kept:
+        cache.evict(name)
+    assert cache.allocator.free_blocks == 20 and not cache.allocator.is_shared(0)
+    assert cache.allocator.find_room(1, 20) == range(20), "nothing is kept for anybody any more"
+
+
 def grow_in_turns(cache: PagedCache, count: int, most: int, expected: int, start: int = 17) -> list[BlockTable]:
     tables = [BlockTable() for _ in range(count)]
     for tokens in range(start, most + 1):

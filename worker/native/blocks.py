@@ -6,6 +6,7 @@ lie in memory; the *block table* of a sequence leads from one to the other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -28,16 +29,20 @@ class BlockAllocator:
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self.free_blocks = num_blocks
+        self._more_users: dict[int, int] = {}  # of blocks that have more than one
         self._state = bytearray([FREE]) * num_blocks
         self._states = np.frombuffer(self._state, dtype=np.uint8)  # the same memory
 
-    def find_room(self, count: int, most: int) -> range:
+    def find_room(self, count: int, most: int, wish: int = -1) -> range:
         """Free blocks in a row for a sequence that starts with `count` and may come to `most`.
 
-        The lowest such row that nobody grows towards. Where there is none, the upper half of the longest free row: who
-        lies before it keeps the lower one. That may be shorter than `most`, or even than `count`.
+        From `wish` on where `count` are free, else the lowest row that nobody grows towards. Where there is none, the
+        upper half of the longest free row: who lies before it keeps the lower one. That may be shorter than `most`, or
+        even than `count`.
         """
         assert self.free_blocks, "KV cache is full"
+        if wish >= 0 and (behind := self._free_from(wish, most)) >= count:
+            return range(wish, wish + behind)
         starts, lengths = runs_of(self._states == FREE)
         fitting = lengths >= most
         if fitting.any():
@@ -48,6 +53,11 @@ class BlockAllocator:
         start, length = int(starts[longest]), int(lengths[longest])
         left = max(0, length - count) // 2 if start else 0  # nobody lies before the first block
         return range(start + left, start + min(length, left + most))
+
+    def _free_from(self, block: int, most: int) -> int:
+        """How many from there on are free, and nobody's room."""
+        taken = np.flatnonzero(self._states[block : block + most])
+        return int(taken[0]) if len(taken) else len(self._states[block : block + most])
 
     def keep(self, room: range) -> None:
         """Others may have these only when nothing else is left."""
@@ -73,13 +83,28 @@ class BlockAllocator:
         return lowest if lowest >= 0 else self._state.rfind(KEPT)
 
     def free(self, blocks: list[int], room: range = range(0)) -> None:
-        """Also gives up a room."""
+        """One user less of each; without any, it is free. Also gives up a room."""
         for block in blocks:
             assert self._state[block] == HELD, f"block {block} freed twice"
-            self._state[block] = FREE
+            more = self._more_users.get(block, 0)
+            if more > 1:
+                self._more_users[block] = more - 1
+            elif more:
+                del self._more_users[block]
+            else:
+                self._state[block] = FREE
+                self.free_blocks += 1
         states = self._states[room.start : room.stop]
         states[states == KEPT] = FREE
-        self.free_blocks += len(blocks)
+
+    def share(self, blocks: list[int]) -> None:
+        """One user more of each."""
+        for block in blocks:
+            assert self._state[block] == HELD, f"block {block} is free, and nobody's to share"
+            self._more_users[block] = self._more_users.get(block, 0) + 1
+
+    def is_shared(self, block: int) -> bool:
+        return block in self._more_users
 
 
 def runs_of(is_in: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -106,6 +131,9 @@ class PagedCache:
     `layers[i]` is [2 * kv_heads, num_blocks, BLOCK_TOKENS, head_dim], the key heads before the value heads, so that a
     step writes and gathers both in one call, and blocks side by side are one long read per head. A block is cleared
     when it gets a new owner: attention multiplies unused slots of a padded table by zero, and zero times NaN is NaN.
+
+    Full blocks may have several users: sequences that begin alike, and the cache itself, which keeps some under a number
+    when their sequence ends (`scheduler/prefix.py` decides which). Nobody writes into a full block, so none is ever copied.
     """
 
     def __init__(self, config: DecoderConfig, capacity_bytes: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -121,6 +149,7 @@ class PagedCache:
         self.layers = list(self._pool.unbind(0))
         self.slots = [layer.flatten(1, 2) for layer in self.layers]  # [2 * kv_heads, slots, head_dim], the same memory
         self._new: list[int] = []
+        self._kept: dict[int, int] = {}  # number -> block
 
     def grow(self, table: BlockTable, tokens: int, expected_tokens: int = 0) -> None:
         """Gives a sequence the blocks for its first `tokens` positions. `clear_new` must follow before they are read.
@@ -129,18 +158,38 @@ class PagedCache:
         """
         held, wanted = len(table.blocks), blocks_for(tokens)
         if wanted > held:
-            if not held:
-                table.room = self.allocator.find_room(wanted, max(wanted, blocks_for(expected_tokens)))
+            wish = table.blocks[-1] + 1 if held else -1
+            if not table.room:
+                most = max(wanted, blocks_for(expected_tokens)) - held
+                table.room = self.allocator.find_room(wanted - held, most, wish)
                 self.allocator.keep(table.room)
-            last = table.blocks[-1] if held else table.room.start - 1
-            new = self.allocator.allocate(wanted - held, wish=last + 1)
-            table.is_run = table.is_run and is_run([last, *new])
-            table.blocks += new
+                wish = table.room.start
+            new = self.allocator.allocate(wanted - held, wish)
+            _append(table, new)
             self._new += new
-            if wanted > len(table.array):
-                table.array = np.resize(table.array, max(wanted, 2 * len(table.array)))
-            table.array[held:wanted] = new
         table.tokens = max(table.tokens, tokens)
+
+    def keep(self, table: BlockTable, place: int, number: int) -> None:
+        """A full block of a sequence outlives it."""
+        assert number not in self._kept and (place + 1) * BLOCK_TOKENS <= table.tokens
+        block = table.blocks[place]
+        self.allocator.share([block])
+        self._kept[number] = block
+
+    def evict(self, number: int) -> None:
+        """What was kept under a number, where it was: a step that failed may have kept less than was planned."""
+        if number in self._kept:
+            self.allocator.free([self._kept.pop(number)])
+
+    def go_on(self, table: BlockTable, numbers: Sequence[int]) -> None:
+        """A sequence whose blocks are full has these behind them, with all their tokens."""
+        assert table.tokens == len(table.blocks) * BLOCK_TOKENS
+        blocks = [self._kept[number] for number in numbers]
+        self.allocator.share(blocks)
+        self.allocator.free([], table.room)
+        table.room = range(0)  # it goes on behind them, if it can
+        _append(table, blocks)
+        table.tokens = len(table.blocks) * BLOCK_TOKENS
 
     def clear_new(self) -> None:
         """Clears the blocks handed out since the last call, all in one operation."""
@@ -151,10 +200,25 @@ class PagedCache:
     def truncate(self, table: BlockTable, tokens: int) -> None:
         """Forgets all positions from `tokens` on, and frees the blocks that hold nothing else."""
         keep = blocks_for(tokens)
+        is_cut = tokens % BLOCK_TOKENS and tokens < table.tokens
+        assert not (is_cut and self.allocator.is_shared(table.blocks[keep - 1])), (
+            "others use what would be written anew"
+        )
         self.allocator.free(table.blocks[keep:], range(0) if keep else table.room)
+        if not keep:
+            table.room = range(0)
         del table.blocks[keep:]
         table.tokens = min(table.tokens, tokens)
         table.is_run = table.is_run or not table.blocks
+
+
+def _append(table: BlockTable, blocks: list[int]) -> None:
+    held, count = len(table.blocks), len(table.blocks) + len(blocks)
+    table.is_run = table.is_run and is_run([*table.blocks[-1:], *blocks])
+    table.blocks += blocks
+    if count > len(table.array):
+        table.array = np.resize(table.array, max(count, 2 * len(table.array)))
+    table.array[held:count] = blocks
 
 
 def blocks_for(tokens: int) -> int:

@@ -131,10 +131,7 @@ class NativeEngine:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         """See `worker.engine.Engine`. ValueError for a plan that contradicts what the engine knows of its sequences."""
-        for key in plan.stop:
-            self._stop(key)
-        for request in plan.start:
-            self._start(request)
+        self._change_hands(plan)
         if not plan.entries:
             return StepResult()
         spans = [self._span(entry) for entry in plan.entries]
@@ -145,6 +142,18 @@ class NativeEngine:
         for index, row in inputs.told:
             self._tell_prompt(plan.entries[index], hidden[row:])
         return self._deliver(plan, inputs, decoder.outputs(hidden, inputs))
+
+    def _change_hands(self, plan: StepPlan) -> None:
+        for key, place, number in plan.kept:
+            self._cache.keep(self._sequences[key].table, place, number)
+        for key in plan.stop:
+            self._stop(key)
+        for number in plan.evicted:
+            self._cache.evict(number)
+        for request in plan.start:
+            self._start(request)
+        for key, numbers in plan.shared:
+            self._cache.go_on(self._sequences[key].table, numbers)
 
     def _stop(self, key: int) -> None:
         sequence = self._sequences.pop(key, None)
