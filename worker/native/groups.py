@@ -1,0 +1,147 @@
+"""Weights in groups of 32 numbers of a row that share a scale and an offset: what the packed kernels compute with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+GROUP = 32  # numbers
+SEARCH_STEPS = 6  # scales that are tried for a group of 4 bits
+SLAB_NUMBERS = 1 << 22  # that are searched through at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """A matrix [rows, cols] whose weights are scale * value + offset.
+
+    `is_centred` says that every offset is that of a signed number, -2^(bits-1) * scale: the only 8 bits that the kernel has.
+    """
+
+    bits: int  # 8 or 4
+    values: Tensor  # uint8 [rows, cols], one number per byte
+    scale: Tensor  # float32 [rows, cols / 32]
+    offset: Tensor  # float32 [rows, cols / 32]
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    @property
+    def is_centred(self) -> bool:
+        return bool(torch.equal(self.offset, -self._centre * self.scale))
+
+    @property
+    def _centre(self) -> int:
+        return 1 << (self.bits - 1)
+
+    def floats(self) -> Tensor:
+        """The weights in float32; of signed numbers exactly the product of number and scale."""
+        numbers = self.values.unflatten(1, (-1, GROUP)).float()  # [rows, groups, 32]
+        if self.is_centred:
+            return ((numbers - self._centre) * self.scale[..., None]).flatten(1)
+        return numbers.mul_(self.scale[..., None]).add_(self.offset[..., None]).flatten(1)
+
+    def __getitem__(self, rows: slice | Tensor) -> Groups:
+        return replace(self, values=self.values[rows], scale=self.scale[rows], offset=self.offset[rows])
+
+
+def packed_bytes(shape: tuple[int, ...], bits: int) -> int:
+    """Of a matrix as the kernels have it: 8 bits with a scale of 16, 4 bits with scale and offset of 16 each."""
+    numbers = shape[0] * shape[1]
+    return numbers * 2 if bits == 16 else numbers * bits // 8 + numbers // GROUP * (2 if bits == 8 else 4)
+
+
+def for_kernel(weight: Tensor | Groups, bits: int) -> Groups:
+    """The same matrix in the groups that the kernel of so many bits has: as it is where that is what it has."""
+    if isinstance(weight, Groups):
+        if weight.bits == bits and (bits == 4 or weight.is_centred):
+            return weight
+        if weight.bits < bits and weight.is_centred:  # the same signed numbers, further from their bound
+            return _centred(bits, weight.values.int() - (1 << (weight.bits - 1)), weight.scale)
+        weight = weight.floats()
+    return groups_of(weight, bits)
+
+
+def groups_of(weight: Tensor, bits: int, importance: Tensor | None = None) -> Groups:
+    """Quantizes [rows, cols]. Scales and offsets are numbers that float16 holds, so packing loses nothing more.
+
+    `importance` [cols] weighs the squared error of each column: the mean square of what it is multiplied with.
+    """
+    if weight.shape[1] % GROUP:
+        raise ValueError(f"rows of {weight.shape[1]} numbers are not made of groups of {GROUP}")
+    if bits == 8:
+        return _eight(weight)
+    rows = max(1, SLAB_NUMBERS // weight.shape[1])
+    parts = [_four(slab, importance) for slab in weight.split(rows)]
+    values, scale, offset = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return Groups(4, values, scale, offset)
+
+
+def _eight(weight: Tensor) -> Groups:
+    grouped = weight.unflatten(1, (-1, GROUP)).float()
+    scale = half(grouped.abs().amax(-1) / 127)
+    numbers = (grouped / _nonzero(scale)[..., None]).round_().clamp_(-127, 127)
+    return _centred(8, numbers.flatten(1), scale)
+
+
+def _centred(bits: int, numbers: Tensor, scale: Tensor) -> Groups:
+    centre = 1 << (bits - 1)
+    return Groups(bits, (numbers + centre).to(torch.uint8), scale, -centre * scale)
+
+
+def _four(weight: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, scales and offsets of the least squared error among some ranges, each refined by a regression."""
+    w = weight.unflatten(1, (-1, GROUP)).float()  # [rows, groups, 32]
+    weights = _column_weights(w, importance)
+    low, high = w.amin(-1), w.amax(-1)
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    least = torch.full_like(low, torch.inf)
+    for step in range(SEARCH_STEPS):
+        shrink = 0.05 * step * (high - low)
+        scale, offset = (high - low - 2 * shrink) / 15, low + shrink
+        scale, offset = _regression(w, _nearest(w, scale, offset), weights, scale, offset)
+        scale, offset = half(scale), half(offset)
+        values = _nearest(w, scale, offset)
+        error = ((values * scale[..., None] + offset[..., None] - w).square_() * weights).sum(-1)
+        better = error < least
+        found = (values, scale, offset)
+        if best is None:
+            best = found
+        else:
+            best = tuple(torch.where(better[..., None] if new.dim() == 3 else better, new, old)
+                         for new, old in zip(found, best, strict=True))  # fmt: skip
+        least = torch.minimum(least, error)
+    assert best is not None
+    return best[0].flatten(1).to(torch.uint8), best[1], best[2]
+
+
+def _column_weights(w: Tensor, importance: Tensor | None) -> Tensor:
+    return torch.ones(()) if importance is None else importance.float().unflatten(0, (-1, GROUP))[None]
+
+
+def _nearest(w: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    return ((w - offset[..., None]) / _nonzero(scale)[..., None]).round_().clamp_(0, 15)
+
+
+def _regression(
+    w: Tensor, values: Tensor, weights: Tensor, scale: Tensor, offset: Tensor
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The scale and offset that fit these values best; the given ones where all values are the same."""
+    total = weights.expand_as(w).sum(-1).clamp_min(1e-30)
+    mean_v, mean_w = ((x * weights).sum(-1) / total for x in (values, w))
+    centred = values - mean_v[..., None]
+    spread = (centred.square() * weights).sum(-1)
+    slope = (centred * (w - mean_w[..., None]) * weights).sum(-1) / spread.clamp_min(1e-30)
+    fits = spread > 1e-20 * total
+    return torch.where(fits, slope, scale), torch.where(fits, mean_w - slope * mean_v, offset)
+
+
+def half(numbers: Tensor) -> Tensor:
+    """Rounded to what float16 holds, still in float32."""
+    return numbers.clamp(-65504.0, 65504.0).half().float()
+
+
+def _nonzero(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, torch.ones((), dtype=scale.dtype), scale)
