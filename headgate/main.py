@@ -7,6 +7,7 @@ from importlib import import_module
 
 VERBS = {
     "serve": "serve a model with an OpenAI-compatible API",
+    "quantize": "make a checkpoint of fewer bits from a model, and tell what that costs",
 }
 INTERNAL = ("gateway", "worker")  # the processes that `serve` starts
 

@@ -134,6 +134,14 @@ def _read(path: Path, size: int, changed: int) -> GgufFile:
             return _Reader(path, content, size).file()
 
 
+class Place(NamedTuple):
+    """Of a tensor as the head says it: the number of its type, its shape, how far behind the head it begins."""
+
+    type: int
+    shape: tuple[int, ...]
+    offset: int
+
+
 class _Reader:
     """Goes through the head from front to back. `what` is the key or tensor at hand, for sentences."""
 
@@ -150,12 +158,12 @@ class _Reader:
             raise self._fault(
                 f"it is one of {values['split.count']} parts; join them first (llama-gguf-split --merge)", ""
             )
-        places = self._table(tensors, self._place, "tensor")
+        places: dict[str, Place] = self._table(tensors, self._place, "tensor")
         alignment = values.get("general.alignment", ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise self._fault(f"{alignment!r} is no power of two", "general.alignment")
         start = -(-self.at // alignment) * alignment
-        entries = {name: self._entry(name, *place, start, alignment) for name, place in places.items()}
+        entries = {name: self._entry(name, place, start, alignment) for name, place in places.items()}
         return GgufFile(self.path, values, entries)
 
     def _check_version(self) -> None:
@@ -203,8 +211,7 @@ class _Reader:
 
     # --- tensors
 
-    def _place(self) -> tuple[str, tuple[int, tuple[int, ...], int]]:
-        """Its type, its shape, and how far behind the head it begins."""
+    def _place(self) -> tuple[str, Place]:
         self.what = "a tensor"
         name = self.what = self._text()
         (dimensions,) = self._numbers("I")
@@ -212,9 +219,10 @@ class _Reader:
             raise self._fault(f"it has {dimensions} dimensions; 1 to {MOST_DIMENSIONS} are read")
         sizes = self._numbers(f"{dimensions}Q")
         kind, offset = self._numbers("IQ")
-        return name, (kind, sizes[::-1], offset)
+        return name, Place(kind, sizes[::-1], offset)
 
-    def _entry(self, name: str, type: int, shape: tuple[int, ...], offset: int, start: int, alignment: int) -> Entry:
+    def _entry(self, name: str, place: Place, start: int, alignment: int) -> Entry:
+        type, shape, offset = place
         kind = KINDS.get(type)
         if kind is None:
             known = ", ".join(kind.name for kind in KINDS.values())
@@ -226,7 +234,8 @@ class _Reader:
             raise self._fault(f"it begins at byte {offset}, which is no multiple of {alignment}", name)
         if entry.start + entry.bytes > self.size:
             raise self._fault(
-                f"it would end at byte {entry.start + entry.bytes} of a file of {self.size}: the file is truncated", name
+                f"it would end at byte {entry.start + entry.bytes} of a file of {self.size}: the file is truncated",
+                name,
             )
         return entry
 

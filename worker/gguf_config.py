@@ -18,6 +18,7 @@ ARCHITECTURES = {
 }
 EMBEDDING, HEAD, ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
 MOST_ROPE_FACTORS = 1024
+LLAMA3_CONTEXT, LLAMA3_FREQUENCIES = 8192, (1.0, 4.0)  # of all released models
 SMOLLM3_ROPE_INTERVAL = 4  # which llama.cpp takes for granted
 # Settings that no file of these architectures needs, with the value at which they change nothing.
 NEUTRAL = {
@@ -54,6 +55,8 @@ def _sizes(file: GgufFile, kind: str) -> dict[str, Any]:
     head_dim = _head_dim(file, kind, hidden, heads)
     return {
         "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
+        "hidden_act": "silu",
         "vocab_size": _tensor(file, EMBEDDING).shape[0],
         "hidden_size": hidden,
         "num_hidden_layers": _count(file, f"{kind}.block_count"),
@@ -84,7 +87,7 @@ def _layers(file: GgufFile, kind: str) -> dict[str, Any]:
     if window and window < context:
         if kind != "llama":
             raise ValueError(f"{file.path}: {kind}.attention.sliding_window is {window}, which is not supported")
-        return {"architectures": ["MistralForCausalLM"], "sliding_window": window}
+        return {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
     return {"no_rope_layer_interval": SMOLLM3_ROPE_INTERVAL} if kind == "smollm3" else {}
 
 
@@ -103,7 +106,8 @@ def _rope(file: GgufFile, kind: str) -> dict[str, Any]:
     if ROPE_FACTORS in file.tensors:
         if scaling != "none":
             raise ValueError(f"{file.path}: both {ROPE_FACTORS} and {kind}.rope.scaling.type {scaling[:40]} are given")
-        return theta | {"rope_type": "divided", "divisors": _rope_factors(file)}
+        divisors = _rope_factors(file)
+        return theta | (_as_llama3(divisors, theta["rope_theta"]) or {"rope_type": "divided", "divisors": divisors})
     if scaling == "none" and factor == 1.0:
         return theta | {"rope_type": "default"}
     if scaling in ("linear", "none"):
@@ -129,7 +133,27 @@ def _rope_factors(file: GgufFile) -> list[float]:
         raise ValueError(f"{file.path}: {ROPE_FACTORS} is {entry.kind.name} {list(entry.shape)}; F32 is needed")
     with file.path.open("rb") as opened:
         opened.seek(entry.start)
-        return list(struct.unpack(f"<{math.prod(entry.shape)}f", opened.read(entry.bytes)))
+        found = list(struct.unpack(f"<{math.prod(entry.shape)}f", opened.read(entry.bytes)))
+    if not all(0 < divisor < math.inf for divisor in found):
+        raise ValueError(f"{file.path}: {ROPE_FACTORS} holds numbers that are not above 0")
+    return found
+
+
+def _as_llama3(divisors: list[float], theta: float) -> dict[str, Any]:
+    """In the words of a config.json, which others read as well, where the usual settings give these very numbers."""
+    factor = max(divisors)
+    for i, divisor in enumerate(divisors):
+        turns = LLAMA3_CONTEXT * theta ** (-i / len(divisors)) / (2 * math.pi)  # over the context of the training
+        keep = min(1.0, max(0.0, (turns - LLAMA3_FREQUENCIES[0]) / (LLAMA3_FREQUENCIES[1] - LLAMA3_FREQUENCIES[0])))
+        if not math.isclose(1 / divisor, keep + (1 - keep) / factor, rel_tol=1e-4):
+            return {}
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": LLAMA3_FREQUENCIES[0],
+        "high_freq_factor": LLAMA3_FREQUENCIES[1],
+        "original_max_position_embeddings": LLAMA3_CONTEXT,
+    }
 
 
 # --- fields -----------------------------------------------------------------------------------------------------------

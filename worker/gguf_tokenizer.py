@@ -18,9 +18,7 @@ SPACE = "\u2581"  # SentencePiece's
 MOST_CHARACTERS = 512  # of one of its pieces: the real ones have up to some tens
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3 = (
-    CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3 = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2 = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 UPPER, LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 TEKKEN = (
@@ -62,7 +60,15 @@ SPECIAL = {
 }
 ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 # Control tokens that end a text although the file may name only one.
-ENDING_TEXTS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>")
+ENDING_TEXTS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<end_of_turn>",
+)
 SAMPLING = {
     "temperature": "temp",
     "top_k": "top_k",
@@ -224,7 +230,9 @@ def _merges(file: GgufFile, texts: set[str]) -> list[tuple[str, str]]:
     for merge in listed:
         left, _, right = merge.partition(" ")
         if not left or not right or not {left, right, left + right} <= texts:
-            raise ValueError(f"{file.path}: tokenizer.ggml.merges holds {merge[:40]!r}, which makes no token of two others")
+            raise ValueError(
+                f"{file.path}: tokenizer.ggml.merges holds {merge[:40]!r}, which makes no token of two others"
+            )
         merges.append((left, right))
     return merges
 

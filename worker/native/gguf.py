@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,7 @@ from worker.native.groups import GROUP, Groups
 Bytes = npt.NDArray[np.uint8]  # [blocks, bytes of a block]
 Numbers = npt.NDArray[np.int8]  # [blocks, parts, numbers that share a scale]
 Floats = npt.NDArray[np.float32]  # [blocks, parts]
+Whole = npt.NDArray[Any]  # of uint8, whose operators numpy declares as of any integer
 PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Bits of the kernel that computes with a type. Where it holds what the type says exactly, it gets that.
 KERNEL_BITS = {
@@ -63,25 +65,25 @@ def _half(b: Bytes, at: int) -> Floats:
     return found
 
 
-def _nibbles(b: Bytes, run: int = 16) -> npt.NDArray[np.uint8]:
+def _nibbles(b: Bytes, run: int = 16) -> Whole:
     """Of each run of bytes first the low halves, then the high ones: [blocks, runs, 2 * run]."""
     runs = b.reshape(len(b), -1, run)
     return np.concatenate((runs & 15, runs >> 4), -1)
 
 
-def _fields(b: Bytes, bits: int, run: int) -> npt.NDArray[np.uint8]:
+def _fields(b: Bytes, bits: int, run: int) -> Whole:
     """Each run of bytes as often as it holds fields of so many bits, the lowest first: [blocks, fields, run]."""
     runs = b.reshape(len(b), -1, 1, run)
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
     return ((runs >> shifts) & ((1 << bits) - 1)).reshape(len(b), -1, run)
 
 
-def _bits32(b: Bytes) -> npt.NDArray[np.uint8]:
+def _bits32(b: Bytes) -> Whole:
     """The 32 bits of 4 bytes, [blocks, 1, 32]."""
     return np.unpackbits(b, axis=1, bitorder="little")[:, None]
 
 
-def _signed(numbers: npt.NDArray[np.uint8], less: int) -> Numbers:
+def _signed(numbers: Whole, less: int) -> Numbers:
     return numbers.astype(np.int8) - np.int8(less)
 
 

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 GROUP = 32  # numbers
-SEARCH_STEPS = 6  # scales that are tried for a group of 4 bits
+SEARCH_STEPS = 3  # ranges that are tried for a group of 4 bits …
+SHRINK = 0.05  # … each by so much narrower at both ends
+LEAST = 1e-30  # instead of a division by zero
 SLAB_NUMBERS = 1 << 22  # that are searched through at a time
 
 
@@ -82,7 +84,7 @@ def groups_of(weight: Tensor, bits: int, importance: Tensor | None = None) -> Gr
 def _eight(weight: Tensor) -> Groups:
     grouped = weight.unflatten(1, (-1, GROUP)).float()
     scale = half(grouped.abs().amax(-1) / 127)
-    numbers = (grouped / _nonzero(scale)[..., None]).round_().clamp_(-127, 127)
+    numbers = (grouped / nonzero(scale)[..., None]).round_().clamp_(-127, 127)
     return _centred(8, numbers.flatten(1), scale)
 
 
@@ -94,48 +96,53 @@ def _centred(bits: int, numbers: Tensor, scale: Tensor) -> Groups:
 def _four(weight: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Values, scales and offsets of the least squared error among some ranges, each refined by a regression."""
     w = weight.unflatten(1, (-1, GROUP)).float()  # [rows, groups, 32]
-    weights = _column_weights(w, importance)
+    search = Search(w, importance)
     low, high = w.amin(-1), w.amax(-1)
-    best: tuple[Tensor, Tensor, Tensor] | None = None
-    least = torch.full_like(low, torch.inf)
     for step in range(SEARCH_STEPS):
-        shrink = 0.05 * step * (high - low)
-        scale, offset = (high - low - 2 * shrink) / 15, low + shrink
-        scale, offset = _regression(w, _nearest(w, scale, offset), weights, scale, offset)
-        scale, offset = half(scale), half(offset)
-        values = _nearest(w, scale, offset)
-        error = ((values * scale[..., None] + offset[..., None] - w).square_() * weights).sum(-1)
-        better = error < least
-        found = (values, scale, offset)
-        if best is None:
-            best = found
-        else:
-            best = tuple(torch.where(better[..., None] if new.dim() == 3 else better, new, old)
-                         for new, old in zip(found, best, strict=True))  # fmt: skip
-        least = torch.minimum(least, error)
-    assert best is not None
-    return best[0].flatten(1).to(torch.uint8), best[1], best[2]
+        shrink = SHRINK * step * (high - low)
+        scale, offset = _regression(search, (high - low - 2 * shrink) / 15, low + shrink)
+        search.offer(half(scale), half(offset))
+    return search.values.flatten(1).to(torch.uint8), search.scale, search.offset
 
 
-def _column_weights(w: Tensor, importance: Tensor | None) -> Tensor:
-    return torch.ones(()) if importance is None else importance.float().unflatten(0, (-1, GROUP))[None]
+class Search:
+    """For each group of 4 bits of w [rows, groups, n], the scale and offset of the least squared error so far."""
+
+    def __init__(self, w: Tensor, importance: Tensor | None) -> None:
+        self.w = w
+        # [1, groups, n], or one for all
+        self.weights = torch.ones(()) if importance is None else importance.float().view(1, *w.shape[1:])
+        self.values = torch.zeros_like(w)
+        self.scale, self.offset = torch.zeros(w.shape[:2]), torch.zeros(w.shape[:2])
+        self._error = torch.full(w.shape[:2], torch.inf)
+
+    def nearest(self, scale: Tensor, offset: Tensor) -> Tensor:
+        return ((self.w - offset[..., None]) / nonzero(scale)[..., None]).round_().clamp_(0, 15)
+
+    def sum(self, numbers: Tensor) -> Tensor:
+        """Over each group, weighed."""
+        return (numbers * self.weights).sum(-1)
+
+    def offer(self, scale: Tensor, offset: Tensor) -> None:
+        values = self.nearest(scale, offset)
+        error = self.sum((values * scale[..., None] + offset[..., None]).sub_(self.w).square_())
+        is_better = error < self._error
+        self.values = torch.where(is_better[..., None], values, self.values)
+        self.scale = torch.where(is_better, scale, self.scale)
+        self.offset = torch.where(is_better, offset, self.offset)
+        self._error = torch.minimum(error, self._error)
 
 
-def _nearest(w: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    return ((w - offset[..., None]) / _nonzero(scale)[..., None]).round_().clamp_(0, 15)
-
-
-def _regression(
-    w: Tensor, values: Tensor, weights: Tensor, scale: Tensor, offset: Tensor
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The scale and offset that fit these values best; the given ones where all values are the same."""
-    total = weights.expand_as(w).sum(-1).clamp_min(1e-30)
-    mean_v, mean_w = ((x * weights).sum(-1) / total for x in (values, w))
-    centred = values - mean_v[..., None]
-    spread = (centred.square() * weights).sum(-1)
-    slope = (centred * (w - mean_w[..., None]) * weights).sum(-1) / spread.clamp_min(1e-30)
-    fits = spread > 1e-20 * total
-    return torch.where(fits, slope, scale), torch.where(fits, mean_w - slope * mean_v, offset)
+def _regression(search: Search, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale and offset that fit these ones' values best; the same ones where all values of a group are."""
+    values, w = search.nearest(scale, offset), search.w
+    total = search.sum(torch.ones_like(w)).clamp_min(LEAST)
+    mean_value, mean_w = search.sum(values) / total, search.sum(w) / total
+    centred = values - mean_value[..., None]
+    spread = search.sum(centred.square())
+    slope = search.sum(centred * (w - mean_w[..., None])) / spread.clamp_min(LEAST)
+    fits = spread > 1e-6 * total
+    return torch.where(fits, slope, scale), torch.where(fits, mean_w - slope * mean_value, offset)
 
 
 def half(numbers: Tensor) -> Tensor:
@@ -143,5 +150,5 @@ def half(numbers: Tensor) -> Tensor:
     return numbers.clamp(-65504.0, 65504.0).half().float()
 
 
-def _nonzero(scale: Tensor) -> Tensor:
+def nonzero(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, torch.ones((), dtype=scale.dtype), scale)

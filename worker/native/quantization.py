@@ -39,7 +39,8 @@ class Quantization:
     def scheme(self, module: str) -> Scheme | None:
         """That of a linear module: what names it goes before what names all of them."""
         named = [scheme for scheme in self.schemes if any(_matches(module, target) for target in scheme.targets)]
-        return (named or [scheme for scheme in self.schemes if "Linear" in scheme.targets] or [None])[0]
+        general = [scheme for scheme in self.schemes if "Linear" in scheme.targets]
+        return next(iter(named + general), None)
 
 
 def _matches(module: str, target: str) -> bool:
@@ -121,10 +122,18 @@ def _scheme(name: str, group: Any, found: Mapping[str, Any]) -> Scheme:
     if type == "float" and form == "pack-quantized":
         raise ValueError(f"{where}: float weights are not read from the format {form}")
     targets = group.get("targets", ["Linear"])
-    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise ValueError(f"{where}: targets is not a list of names")
+    if not isinstance(targets, list) or not all(isinstance(target, str) and _is_pattern(target) for target in targets):
+        raise ValueError(f"{where}: targets is not a list of names, or patterns behind `re:`")
     bits = _bits(weights.get("num_bits"), *((8,) if type == "float" else (4, 8)))
     return Scheme(bits, type == "float", _strategy(where, weights), form == "pack-quantized", tuple(targets))
+
+
+def _is_pattern(target: str) -> bool:
+    try:
+        re.compile(target.removeprefix("re:"))
+    except re.error:
+        return not target.startswith("re:")
+    return True
 
 
 def _strategy(where: str, weights: Mapping[str, Any]) -> int:

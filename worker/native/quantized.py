@@ -23,7 +23,14 @@ GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 PARTS = {
     "gptq": GPTQ_PARTS,
     "awq": GPTQ_PARTS[:3],
-    "compressed-tensors": ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
+    "compressed-tensors": (
+        "weight_packed",
+        "weight",
+        "weight_scale",
+        "weight_zero_point",
+        "weight_shape",
+        "weight_g_idx",
+    ),
     "fp8": ("weight", "weight_scale_inv", "weight_scale"),
 }
 # Of activations and of the KV cache, which are not quantized here.
@@ -248,7 +255,9 @@ class QuantizedCheckpoint(Checkpoint):
         scale = self._part(name, "weight_scale").float()
         groups = columns // group
         scale = (scale.reshape(count, groups) if scale.numel() > 1 else scale.expand(count, groups))[first:last]
-        zero = self._zeros(name, scheme, count, groups)[first:last] if "weight_zero_point" in self._parts_of[name] else 0
+        zero = (
+            self._zeros(name, scheme, count, groups)[first:last] if "weight_zero_point" in self._parts_of[name] else 0
+        )
         return Stored(numbers, scale.contiguous(), torch.zeros_like(scale) + zero + centre, group, index)
 
     def _zeros(self, name: str, scheme: Scheme, rows: int, groups: int) -> Tensor:

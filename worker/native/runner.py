@@ -15,8 +15,8 @@ from worker.engine import StepResult
 from worker.files import read_config
 from worker.native.blocks import BLOCK_TOKENS, BlockTable, PagedCache
 from worker.native.config import DecoderConfig
-from worker.native.forms import open_checkpoint
 from worker.native.decoder import Decoder
+from worker.native.forms import open_checkpoint
 from worker.native.inputs import Span, StepInputs, build_inputs
 from worker.native.linear import choose_products
 from worker.native.loader import DTYPES, Weights, load_weights, tensor_shapes
