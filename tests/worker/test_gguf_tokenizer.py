@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -172,9 +173,7 @@ def pieces_of(text: str, prefix: bool = True) -> list[int]:
     ranks = {piece: rank for rank, piece in enumerate(PIECES)}
     symbols = list((" " if prefix else "").join(["", text]).replace(" ", "▁"))
     while True:
-        pairs = [
-            (ranks[a + b], at) for at, (a, b) in enumerate(zip(symbols, symbols[1:], strict=False)) if a + b in ranks
-        ]
+        pairs = [(ranks[a + b], at) for at, (a, b) in enumerate(itertools.pairwise(symbols)) if a + b in ranks]
         if not pairs:
             break
         _, at = min(pairs)
