@@ -114,7 +114,12 @@ def _read_index(folder: Path) -> dict[str, str]:
 def _what_is_there_instead(folder: Path) -> str:
     others = sorted(path.name for kind in ("*.bin", "*.pth", "*.pt", "*.gguf") for path in folder.glob(kind))
     if others:
-        return f"{folder} holds {others[0]}, but no {WHOLE}: weights are read from safetensors files only"
+        advice = (
+            "name that file itself"
+            if others[0].endswith(".gguf")
+            else "weights are read from safetensors and GGUF files"
+        )
+        return f"{folder} holds {others[0]}, but no {WHOLE}: {advice}"
     return f"{folder} has neither {WHOLE} nor {INDEX}"
 
 

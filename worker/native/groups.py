@@ -49,12 +49,6 @@ class Groups:
         return replace(self, values=self.values[rows], scale=self.scale[rows], offset=self.offset[rows])
 
 
-def packed_bytes(shape: tuple[int, ...], bits: int) -> int:
-    """Of a matrix as the kernels have it: 8 bits with a scale of 16, 4 bits with scale and offset of 16 each."""
-    numbers = shape[0] * shape[1]
-    return numbers * 2 if bits == 16 else numbers * bits // 8 + numbers // GROUP * (2 if bits == 8 else 4)
-
-
 def for_kernel(weight: Tensor | Groups, bits: int) -> Groups:
     """The same matrix in the groups that the kernel of so many bits has: as it is where that is what it has."""
     if isinstance(weight, Groups):
