@@ -4,8 +4,9 @@ ARGS ?=
 # HOST from the command line only: some shells keep the machine's name in a variable of that name
 OPTIONS := $(if $(filter command,$(origin HOST)),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(if $(MODEL),--model $(MODEL))
 BIN := .venv/bin
+COMPOSE := docker compose --env-file /dev/null -f docker-compose.yml
 
-.PHONY: serve test check format bench bench-engine clean
+.PHONY: serve test check format compose-test bench bench-engine clean
 
 serve: .venv/serve.stamp
 	@exec $(BIN)/headgate serve $(OPTIONS) $(ARGS)
@@ -17,10 +18,17 @@ check: .venv/dev.stamp
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/hadolint deploy/*.Dockerfile tests/compose/*.Dockerfile
+	@if docker compose version >/dev/null 2>&1; then $(COMPOSE) config -q && $(COMPOSE) -f deploy/compose.gpu.yml config -q; \
+	else echo "no docker client with compose: its files were not checked"; fi
 
 format: .venv/dev.stamp
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+# the composed services, for real; needs a docker engine
+compose-test: .venv/dev.stamp
+	@$(BIN)/python -m tests.compose
 
 bench: .venv/dev.stamp
 	@$(BIN)/python -m benchmarks $(ARGS)

@@ -22,7 +22,7 @@ EVENT = (
 )
 CHUNK = b"%x\r\n%b\r\n" % (len(EVENT), EVENT)
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-MODELS = json.dumps({"data": [{"id": "bare-socket"}]}).encode()
+READY = json.dumps({"models": ["bare-socket"]}).encode()
 
 
 class Bare(asyncio.Protocol):
@@ -39,7 +39,7 @@ class Bare(asyncio.Protocol):
             self._streams[self] = json.loads(data.partition(b"\r\n\r\n")[2])["max_tokens"]
             self.transport.write(HEAD)
         else:
-            self.transport.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(MODELS), MODELS))
+            self.transport.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(READY), READY))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._streams.pop(self, None)

@@ -1,8 +1,8 @@
 """What lies between the engine process and the client: its CPU per token and per request, its delays.
 
 Everything runs on this machine: a simulated engine whose steps take exactly 5 or 20 ms, the front and the gateway under
-test, and a client. Beside ours, in the same rounds and behind the same worker: the gateway as it is usually written
-(`usual`), and the floor of any gateway in one event loop, a bare send per token (`bare`).
+test, and a client. Beside ours, in the same rounds and behind the same worker: ours once more with keys and every limit
+that there is (`with keys`), the gateway as it is usually written (`usual`), and the floor of any gateway in one event loop, a bare send per token (`bare`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import uvloop
 from tokenizers import Tokenizer
 
 from benchmarks.figures import Figure, over_rounds, print_table, save
-from benchmarks.load import Connection, Reply, begun, chat_request, clock, connect_all, ended, get
+from benchmarks.load import Connection, Reply, begun, clock, connect_all, ended, get
 from benchmarks.serving import Server, Serving, Sightings
 from worker.files import DEMO, find_model
 from worker.tokenizer import read_tokenizer
@@ -96,6 +96,11 @@ class Samples:
         pairs = zip(self.rounds[above], self.rounds[below], strict=True)
         return over_rounds(name, "x", [a[0] / b[0] for a, b in pairs])
 
+    def difference(self, name: str, unit: str, of: str, less: str, target: float) -> Figure:
+        """Of two servers in the same round."""
+        pairs = zip(self.rounds[of], self.rounds[less], strict=True)
+        return over_rounds(name, unit, [a[0] - b[0] for a, b in pairs], target)
+
     def percentile(self, name: str, of: str, q: float, unit: str, target: float | None = None) -> Figure:
         """Over all rounds together; the spread is that of the rounds."""
         rounds = [float(np.percentile(values, q)) for values in self.rounds[of]]
@@ -116,7 +121,7 @@ def prompt_of(tokens: int) -> str:
 
 async def stream_cost(server: Server, pace: Pace, prompt: str) -> tuple[float, float]:
     """µs of CPU per token: in the steady state, and with the set-up of the streams."""
-    request = chat_request(server.model, prompt, pace.tokens)
+    request = server.request(prompt, pace.tokens)
     start = server.cpu_seconds()
     connections = await connect_all(server.port, STREAMS)
     replies = [connection.ask(request) for connection in connections]
@@ -144,7 +149,7 @@ async def setup_cost(server: Server, prompt: str) -> tuple[float, float]:
 
     The second is larger, for there everything has gone to sleep, and out of the caches, before the next request comes.
     """
-    request = chat_request(server.model, prompt, 1)
+    request = server.request(prompt, 1)
     connections = await connect_all(server.port, SETUP_PARALLEL)
     idle_cpu = server.cpu_seconds()
     await asyncio.sleep(IDLE_SECONDS)
@@ -208,7 +213,7 @@ async def added_ttft(rig: Rig, server: Server, prompt: str, seed: int) -> list[f
     gaps = (rng.expovariate(ARRIVALS_PER_SECOND) for _ in itertools.count())
     offsets = list(itertools.takewhile(lambda offset: offset < ARRIVAL_SECONDS, itertools.accumulate(gaps)))
     connections = await connect_all(server.port, 4 * STREAMS)
-    request = chat_request(server.model, prompt, ARRIVAL_TOKENS)
+    request = server.request(prompt, ARRIVAL_TOKENS)
     replies = await ask_at(list(connections), request, offsets)
     await ended(replies, 30.0)
     await asyncio.sleep(SETTLE_SECONDS)
@@ -223,7 +228,7 @@ async def added_ttft(rig: Rig, server: Server, prompt: str, seed: int) -> list[f
 
 async def hangup_delays(rig: Rig, server: Server, prompt: str) -> list[float]:
     """ms from the client's closing its socket to the gate's having forgotten the request."""
-    request = chat_request(server.model, prompt, 10_000)
+    request = server.request(prompt, 10_000)
     connections = await connect_all(server.port, BACKGROUND_STREAMS + HANGUPS)
     replies = [connection.ask(request) for connection in connections]
     await begun(replies)
@@ -242,13 +247,13 @@ async def hangup_delays(rig: Rig, server: Server, prompt: str) -> list[float]:
 async def stalls(busy: Server, idle: Server, prompt: str, long_prompt: str) -> tuple[list[float], list[float]]:
     """ms that timers in the event loop were late: of the loaded gateway, and of an idle one on the same machine."""
     streams = await connect_all(busy.port, STREAMS)
-    replies = [stream.ask(chat_request(busy.model, prompt, 10_000)) for stream in streams]
+    replies = [stream.ask(busy.request(prompt, 10_000)) for stream in streams]
     await begun(replies)
     others = await connect_all(busy.port, 8)
     offsets = [i / LONG_PROMPTS_PER_SECOND for i in range(int(STALL_SECONDS * LONG_PROMPTS_PER_SECOND))]
     before = [await probe(server) for server in (busy, idle)]
     scraping = asyncio.create_task(scrape(busy))
-    await ended(await ask_at(others, chat_request(busy.model, long_prompt, 1), offsets), 30.0)
+    await ended(await ask_at(others, busy.request(long_prompt, 1), offsets), 30.0)
     scraping.cancel()
     after = [await probe(server) for server in (busy, idle)]
     for connection in streams + others:
@@ -293,6 +298,7 @@ def start_rigs(stack: ExitStack) -> list[Rig]:
         serving = stack.enter_context(Serving(pace.step_seconds))
         servers = {
             "headgate": serving.start_gateway(),
+            "with keys": serving.start_gateway_with_keys(),
             "usual": serving.start_gateway("benchmarks.usual"),
             "bare": serving.start_bare(pace.step_seconds),
         }
@@ -313,11 +319,12 @@ async def measure(rigs: Sequence[Rig], rounds: int) -> Samples:
                 steady, whole = await stream_cost(server, rig.pace, prompt)
                 samples.add(f"{name}, {rig.pace.name}, steady", [steady])
                 samples.add(f"{name}, {rig.pace.name}, with set-up", [whole])
-        for name in ("headgate", "usual"):
+        for name in ("headgate", "with keys", "usual"):
             parallel, spaced = await setup_cost(fast.servers[name], prompt)
             samples.add(f"{name}, set-up, {SETUP_PARALLEL} at once", [parallel])
             samples.add(f"{name}, set-up, {SETUP_PER_SECOND:g}/s", [spaced])
-            samples.add(f"{name}, added ttft", await added_ttft(slow, slow.servers[name], prompt, number))
+            if name != "with keys":
+                samples.add(f"{name}, added ttft", await added_ttft(slow, slow.servers[name], prompt, number))
         samples.add("headgate, hang-up", await hangup_delays(slow, slow.servers["headgate"], prompt))
         busy, idle = await stalls(slow.probed, fast.probed, prompt, long_prompt)
         samples.add("headgate, stall", busy)
@@ -334,11 +341,16 @@ def figures_of(samples: Samples) -> list[Figure]:
             figures.append(samples.median(names[0], "µs/token", pace.target if state == "steady" else None))
             figures += [samples.median(name, "µs/token") for name in names[1:]]
             figures.append(samples.ratio(f"usual / headgate, {pace.name}, {state}", names[1], names[0]))
+        with_keys = f"with keys, {pace.name}, steady"
+        what = f"keys and limits add, {pace.name}"
+        figures.append(samples.difference(what, "µs/token", with_keys, f"headgate, {pace.name}, steady", 3.0))
     for load, setup_target in ((f"{SETUP_PARALLEL} at once", 0.6), (f"{SETUP_PER_SECOND:g}/s", None)):
         names = [f"{server}, set-up, {load}" for server in ("headgate", "usual")]
         figures.append(samples.median(names[0], "ms/req", setup_target))
         figures.append(samples.median(names[1], "ms/req"))
         figures.append(samples.ratio(f"usual / headgate, set-up, {load}", names[1], names[0]))
+        what = f"keys and limits add, set-up, {load}"
+        figures.append(samples.difference(what, "ms/req", f"with keys, set-up, {load}", names[0], 0.3))
     figures.append(samples.percentile("headgate, event loop stall p99", "headgate, stall", 99, "ms", 5.0))
     figures.append(samples.percentile("idle process, event loop stall p99", "idle process, stall", 99, "ms"))
     for name, targets in (("headgate", (3.0, 8.0)), ("usual", (None, None))):

@@ -83,8 +83,8 @@ async def connect_all(port: int, count: int) -> list[Connection]:
     return [await connect(port) for _ in range(count)]
 
 
-def chat_request(model: str, prompt: str, max_tokens: int) -> bytes:
-    """A whole HTTP request for a streamed answer of exactly so many tokens."""
+def chat_request(model: str, prompt: str, max_tokens: int, key: str = "") -> bytes:
+    """A whole HTTP request for a streamed answer of exactly so many tokens; `key`: the API key, where one is wanted."""
     body: dict[str, Any] = {
         "model": model,
         "messages": [
@@ -97,6 +97,7 @@ def chat_request(model: str, prompt: str, max_tokens: int) -> bytes:
     }
     content = json.dumps(body).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    head += f"authorization: Bearer {key}\r\n" if key else ""
     return f"{head}content-length: {len(content)}\r\n\r\n".encode() + content
 
 

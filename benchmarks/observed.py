@@ -13,20 +13,20 @@ STALL_SECONDS = tuple(step / 4000 for step in range(1, 201))  # 0.25 ms apart, u
 
 
 def worker(arguments: list[str]) -> int:
-    import headgate.worker
+    import headgate.child
     from worker.app import EngineProcess
 
     EngineProcess.module = "benchmarks.observed_core"
-    return headgate.worker.main(arguments)
+    return headgate.child.main(["worker", *arguments])
 
 
 def gateway(arguments: list[str]) -> int:
-    import headgate.gateway
+    import headgate.child
     from service import health, metrics
 
     health.PROBE_SECONDS = PROBE_SECONDS
     metrics.STALL_SECONDS = STALL_SECONDS  # type: ignore[assignment]
-    return headgate.gateway.main(arguments)
+    return headgate.child.main(["gateway", *arguments])
 
 
 if __name__ == "__main__":

@@ -15,11 +15,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.load import chat_request
+from headgate.key_book import KeyBook
 from headgate.supervisor import Launch, ready_model
+from service.keys import LIMIT_NAMES, NO_DIGEST, Key, Limits, mint
 from worker.config import WorkerConfig
 
 START_SECONDS = 30.0
 ROOT = Path(__file__).parent.parent
+KEYS = 100
+MOST = dict.fromkeys(LIMIT_NAMES, 1000000000)  # limits that are counted, and never reached
 
 
 class Sightings:
@@ -61,12 +66,20 @@ class Serving:
         self.front = self._launch("benchmarks.observed", "worker", config.encode(), [unix, metrics])
         threading.Thread(target=self.sightings.follow, args=[self.front], daemon=True).start()
 
-    def start_gateway(self, module: str = "headgate") -> Server:
-        """`module` runs it: the product, or a usual gateway in its place."""
+    def start_gateway(self, module: str = "headgate", config: dict[str, Any] | None = None, key: str = "") -> Server:
+        """`module` runs it: the product, or a usual gateway in its place. `config`: more than it has to be told."""
         api = listen()
-        config = {"workers": [self._socket], "drain_seconds": 0.0}
-        process = self._launch(module, "gateway", json.dumps(config), [api])
-        return Server(process, api.getsockname()[1], [process.pid, self.front.pid])
+        told = {"workers": [self._socket], "drain_seconds": 0.0, **(config or {})}
+        process = self._launch(module, "gateway", json.dumps(told), [api])
+        return Server(process, api.getsockname()[1], [process.pid, self.front.pid], key)
+
+    def start_gateway_with_keys(self) -> Server:
+        """The product among many keys, where everything that can be limited is, for key and tenant."""
+        folder = Path(self._folder.name) / "data"
+        keys = [make_key(KeyBook(folder, time.time())) for _ in range(KEYS)]
+        tenants = Path(self._folder.name) / "tenants.toml"
+        tenants.write_text("[tenants.bench]\n" + "".join(f"{name} = {most}\n" for name, most in MOST.items()))
+        return self.start_gateway(config={"data": str(folder), "config_file": str(tenants)}, key=keys[0])
 
     def start_bare(self, step_seconds: float) -> Server:
         api = listen()
@@ -76,7 +89,8 @@ class Serving:
 
     def _launch(self, module: str, verb: str, config: str, sockets: Sequence[socket.socket]) -> subprocess.Popen[bytes]:
         launch = Launch(config, self._lifeline[0], self._folder.name, [sock.fileno() for sock in sockets])
-        return self._spawn(module, [verb, json.dumps(asdict(launch))], sockets)
+        child = ["child"] if module == "headgate" else []
+        return self._spawn(module, [*child, verb, json.dumps(asdict(launch))], sockets)
 
     def _spawn(
         self, module: str, arguments: Sequence[str], sockets: Sequence[socket.socket]
@@ -104,9 +118,10 @@ class Serving:
 class Server:
     """Something that streams chat answers on a port."""
 
-    def __init__(self, process: subprocess.Popen[bytes], port: int, pids: Sequence[int]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], port: int, pids: Sequence[int], key: str = "") -> None:
         self.process = process
         self.port = port
+        self._key = key
         self.model = ""
         self._pids = pids
 
@@ -118,9 +133,18 @@ class Server:
             time.sleep(0.1)
         self.model = model
 
+    def request(self, prompt: str, max_tokens: int) -> bytes:
+        return chat_request(self.model, prompt, max_tokens, self._key)
+
     def cpu_seconds(self) -> float:
         """User and system time of everything between engine process and client, since the start."""
         return sum(map(process_cpu_seconds, self._pids))
+
+
+def make_key(book: KeyBook) -> str:
+    id, whole = mint()
+    book.create(Key(id, "bench", NO_DIGEST, book.now, limits=Limits(**MOST)), whole)
+    return whole
 
 
 def process_cpu_seconds(pid: int) -> float:

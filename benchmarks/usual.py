@@ -19,7 +19,7 @@ import httpx
 import jinja2
 import uvicorn
 from fastapi import FastAPI
-from fastapi.responses import PlainTextResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import Histogram, generate_latest
 from pydantic import BaseModel
 from tokenizers import Tokenizer
@@ -82,12 +82,8 @@ def create_app(worker_socket: str) -> FastAPI:
     app = FastAPI(lifespan=life)
 
     @app.get("/readyz")
-    async def readyz() -> PlainTextResponse:
-        return PlainTextResponse("", status_code=200 if state["ready"] else 503)
-
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"data": [{"id": state["info"].model}]}
+    async def readyz() -> JSONResponse:
+        return JSONResponse({"models": [state["info"].model]} if state["ready"] else {}, 200 if state["ready"] else 503)
 
     @app.get("/metrics")
     async def metrics() -> PlainTextResponse:

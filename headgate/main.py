@@ -7,9 +7,12 @@ from importlib import import_module
 
 VERBS = {
     "serve": "serve a model with an OpenAI-compatible API",
+    "gateway": "serve the API in front of workers that run elsewhere",
+    "worker": "run a model for gateways that run elsewhere",
+    "keys": "make, list, revoke and rotate API keys",
     "quantize": "make a checkpoint of fewer bits from a model, and tell what that costs",
 }
-INTERNAL = ("gateway", "worker")  # the processes that `serve` starts
+INTERNAL = ("child",)  # the processes that `serve` starts
 
 USAGE = """headgate: an OpenAI-compatible inference gateway that schedules by memory bandwidth
 

@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from headgate.settings import ConfigurationError, Settings, exposure_faults, read_settings
+from headgate.settings import Address, Settings
+from headgate.start import configure, listen, openness, refuse
 from headgate.supervisor import Sockets, Supervisor
 
 
 def main(arguments: Sequence[str]) -> int:
-    faults: list[str] = []
-    try:
-        settings = read_settings("serve", arguments, os.environ)
-    except ConfigurationError as error:
-        faults, settings = error.faults, error.settings
-    faults += exposure_faults(settings, has_keys=False) + model_faults(settings)
+    settings, faults = configure("serve", arguments)
+    wants_keys, faults_of_openness = openness(settings)
+    faults += faults_of_openness + model_faults(settings)
     if faults:
-        print(
-            "headgate: the configuration cannot be used:",
-            *(f"  {fault}" for fault in faults),
-            sep="\n",
-            file=sys.stderr,
-        )
-        return 2
+        return refuse(faults)
     with tempfile.TemporaryDirectory(prefix="headgate-", ignore_cleanup_errors=True) as folder:
         try:
             sockets = bind(settings, Path(folder))
         except OSError as error:
             print(f"headgate: {error.strerror}", file=sys.stderr)
             return 2
-        return Supervisor(settings, sockets, Path(folder)).run()
+        return Supervisor(settings, sockets, Path(folder), wants_keys).run()
 
 
 def model_faults(settings: Settings) -> list[str]:
@@ -57,27 +48,14 @@ def model_faults(settings: Settings) -> list[str]:
 
 
 def bind(settings: Settings, folder: Path) -> Sockets:
-    """The three listening sockets, which outlive every child. OSError with a sentence when one is not to be had."""
-    api = _listen(settings.host, settings.port, "--port")
-    metrics = _listen("127.0.0.1", settings.metrics_port, "--metrics-port")
+    """The four listening sockets, which outlive every child. OSError with a sentence when one is not to be had."""
+    api = listen(Address(settings.host, settings.port), "--port")
+    gateway_metrics = listen(settings.gateway_metrics, "--gateway-metrics")
+    metrics = listen(Address("127.0.0.1", settings.metrics_port), "--metrics-port")
     worker = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         worker.bind(str(folder / "worker"))
     except OSError as error:  # "AF_UNIX path too long" comes without a number
         raise OSError(error.errno, f"cannot make a socket in {folder} ({error}); choose a shorter TMPDIR") from error
     worker.listen(4096)
-    return Sockets(api, metrics, worker)
-
-
-def _listen(host: str, port: int, option: str) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        wrong = "--host" if isinstance(error, socket.gaierror) else option
-        sentence = f"cannot listen on {host}:{port} ({error.strerror}); choose another {wrong}"
-        raise OSError(error.errno, sentence) from error
-    listener.listen(4096)
-    return listener
+    return Sockets(api, gateway_metrics, metrics, worker)

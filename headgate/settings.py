@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import os
 import re
 import textwrap
 import tomllib
@@ -369,6 +370,14 @@ class Settings:
 assert [f.name for f in fields(Settings)] == [*(option.name for option in ALL_OPTIONS), "config"]
 
 
+def default_data_folder(environ: Mapping[str, str]) -> str:
+    """Where lasting things are kept when nobody says where; '' for who has no home."""
+    shared = environ.get("XDG_DATA_HOME", "")
+    if not Path(shared).is_absolute():  # as that convention wants it
+        shared = str(Path(environ.get("HOME") or os.path.expanduser("~"), ".local", "share"))
+    return str(Path(shared, "headgate")) if Path(shared).is_absolute() else ""
+
+
 class ConfigurationError(Exception):
     """Everything that is wrong with the configuration; `settings` has defaults in place of what could not be read."""
 
@@ -454,8 +463,8 @@ def _tenant_faults(config: str, table: object) -> list[str]:
 
 
 def _unknown_variables(environ: Mapping[str, str]) -> list[str]:
-    """But for those that Kubernetes sets beside a service called headgate, and the tests' own."""
-    known = {option.variable for option in ALL_OPTIONS} | {PREFIX + "CONFIG", PREFIX + "TRACES"}
+    """But for those that Kubernetes sets beside a service called headgate, the tests' own, and a client's key."""
+    known = {option.variable for option in ALL_OPTIONS} | {PREFIX + name for name in ("CONFIG", "TRACES", "API_KEY")}
     foreign = (PREFIX + "SERVICE_", PREFIX + "PORT_")
     names = [name for name in environ if name.startswith(PREFIX) and not name.startswith(foreign)]
     return [f"{name}: there is no such option" for name in names if name not in known]
@@ -481,6 +490,11 @@ def exposure_faults(settings: Settings, has_keys: bool) -> list[str]:
         f"{option} {settings.reached_at}: anybody who reaches this address could use the API, for there are no keys; "
         "make one (headgate keys create), keep to 127.0.0.1, or say --insecure"
     ]
+
+
+def data_folder(settings: Settings, environ: Mapping[str, str]) -> str:
+    """Where what must last is kept."""
+    return settings.data or default_data_folder(environ)
 
 
 def is_loopback(host: str) -> bool:
@@ -520,6 +534,8 @@ DESCRIPTIONS = {
     "machine, at http://127.0.0.1:8000/v1.",
     "gateway": "Serves an OpenAI-compatible API in front of workers that run elsewhere (headgate worker).",
     "worker": "Runs a model for gateways that run elsewhere (headgate gateway).",
+    "keys": "Makes, lists, revokes and rotates API keys. As soon as one was made, the API wants keys. Running gateways\n"
+    "notice every change within a second.",
 }
 
 EPILOG = """
@@ -543,5 +559,12 @@ example:
     "worker": """
 example:
   headgate worker --listen 0.0.0.0:9000 --secret-file /run/headgate/secret --model ./Qwen3-0.6B
+""",
+    "keys": """
+examples:
+  KEY=$(headgate keys create --tenant acme)
+  headgate keys create --tenant acme --name "nightly jobs" --tiers flex --tokens-per-minute 200000 --expires 90d
+  headgate keys list
+  headgate keys rotate 5f0c2d1e9a7b --grace 24h
 """,
 }

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from headgate.settings import Settings, is_loopback
+from headgate.start import address_of, gateway_config, say, worker_config
 
 FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 0.2, 5.0
 STEADY_SECONDS = 10.0  # a child that lived this long starts over with the first backoff
@@ -33,6 +34,7 @@ class Sockets:
     """Bound and listening."""
 
     api: socket.socket
+    gateway_metrics: socket.socket
     metrics: socket.socket
     worker: socket.socket
 
@@ -61,14 +63,16 @@ class Launch:
 class Supervisor:
     """Runs until a signal ends it. Threads only wait and put what happened into one queue; the main thread acts."""
 
-    def __init__(self, settings: Settings, sockets: Sockets, folder: Path) -> None:
+    def __init__(self, settings: Settings, sockets: Sockets, folder: Path, wants_keys: bool) -> None:
         self._settings = settings
+        self._wants_keys = wants_keys
         self._sockets = sockets
         self._folder = folder
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lifeline_read, self._lifeline_write = os.pipe()
         self._worker = Child("worker", self._start_worker)
         self._gateway = Child("gateway", self._start_gateway)
+        self._has_terminal = os.isatty(0)
         self._was_ready = False
         self._status: int | None = None
         self._signals = 0
@@ -78,6 +82,7 @@ class Supervisor:
         """The exit status: 0 after a drain, 2 when the worker could not start as it is told to, 1 when it failed at it."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: self._events.put(self._signalled))
+        signal.signal(signal.SIGHUP, lambda *_: self._events.put(self._hung_up))
         self._launch(self._worker)
         self._launch(self._gateway)
         threading.Thread(target=self._wait_until_ready, daemon=True).start()
@@ -88,38 +93,28 @@ class Supervisor:
     # --- children -----------------------------------------------------------------------------------------------------
 
     def _start_worker(self) -> subprocess.Popen[bytes]:
-        from worker.config import WorkerConfig
-
-        s = self._settings
-        config = WorkerConfig(
-            model=s.model,
-            random_weights=s.random_weights,
-            served_name=s.served_name,
-            engine=s.engine,
-            hardware=s.hardware,
-            device=s.device,
-            dtype=s.dtype,
-            threads=s.threads,
-            kv_cache_bytes=s.kv_cache,
-            context_tokens=s.context,
-            max_sequences=s.max_sequences,
-            max_waiting=s.max_waiting,
-        )
+        config = worker_config(self._settings)
         return self._spawn("worker", config.encode(), [self._sockets.worker, self._sockets.metrics])
 
     def _start_gateway(self) -> subprocess.Popen[bytes]:
-        config = {"workers": [str(self._folder / "worker")], "drain_seconds": self._settings.drain_seconds}
-        return self._spawn("gateway", json.dumps(config), [self._sockets.api])
+        config = gateway_config(self._settings, [str(self._folder / "worker")])
+        return self._spawn("gateway", json.dumps(config), [self._sockets.api, self._sockets.gateway_metrics])
 
-    def _spawn(self, verb: str, config: str, sockets: list[socket.socket]) -> subprocess.Popen[bytes]:
+    def _spawn(self, role: str, config: str, sockets: list[socket.socket]) -> subprocess.Popen[bytes]:
         fds = [listener.fileno() for listener in sockets]
         launch = Launch(config, self._lifeline_read, str(self._folder), fds)
-        return subprocess.Popen(
-            [sys.executable, "-P", "-m", "headgate", verb, json.dumps(asdict(launch))],  # -P: not the user's worker.py
-            stdin=subprocess.DEVNULL,
-            pass_fds=[*fds, self._lifeline_read],
-            start_new_session=True,  # Ctrl-C is for the supervisor alone, which drains in order
-        )
+        arguments = [sys.executable, "-P", "-m", "headgate", "child", role]  # -P: not the user's worker.py
+        # a child inherits that it ignores SIGHUP: one that comes before it listens does not end it
+        reload = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            return subprocess.Popen(
+                [*arguments, json.dumps(asdict(launch))],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[*fds, self._lifeline_read],
+                start_new_session=True,  # Ctrl-C is for the supervisor alone, which drains in order
+            )
+        finally:
+            signal.signal(signal.SIGHUP, reload)
 
     def _launch(self, child: Child) -> None:
         child.started_at = time.monotonic()
@@ -154,6 +149,14 @@ class Supervisor:
         self._signals += 1
         self._end(self._gateway, 0.0)
         self._status = status
+
+    def _hung_up(self) -> None:
+        """SIGHUP: a closed terminal ends us. Otherwise it asks for a reload; keys and tenants are the gateway's to read."""
+        process = self._gateway.process
+        if self._has_terminal and not os.isatty(0):
+            self._signalled()
+        elif process is not None and process.poll() is None:
+            process.send_signal(signal.SIGHUP)
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
@@ -205,10 +208,11 @@ class Supervisor:
     def _greet(self, host: str, port: int, model: str) -> None:
         self._was_ready = True
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        if not is_loopback(host):
-            say(f"anybody who reaches {host}:{port} may use this API")
-        metrics_port = self._sockets.metrics.getsockname()[1]
-        print(GREETING.format(url=url, model=model, metrics=f"http://127.0.0.1:{metrics_port}/metrics"), flush=True)
+        if not self._wants_keys and not is_loopback(self._settings.reached_at):
+            say(f"anybody who reaches {self._settings.reached_at}:{port} may use this API")
+        metrics = {"gateway": address_of(self._sockets.gateway_metrics), "worker": address_of(self._sockets.metrics)}
+        words = WITH_KEYS if self._wants_keys else OPEN
+        print(GREETING.format(url=url, model=model, **metrics, **words), flush=True)
 
 
 def ready_model(host: str, port: int) -> str | None:
@@ -218,11 +222,7 @@ def ready_model(host: str, port: int) -> str | None:
     try:
         connection.request("GET", "/readyz")
         answer = connection.getresponse()
-        answer.read()
-        if answer.status != 200:
-            return None
-        connection.request("GET", "/v1/models")
-        return str(json.loads(connection.getresponse().read())["data"][0]["id"])
+        return str(json.loads(answer.read())["models"][0]) if answer.status == 200 else None
     except (OSError, http.client.HTTPException, ValueError, LookupError):
         return None
     finally:
@@ -233,20 +233,22 @@ def describe(returncode: int) -> str:
     return f"killed by {signal.Signals(-returncode).name}" if returncode < 0 else f"exit status {returncode}"
 
 
-def say(line: str) -> None:
-    print(f"headgate: {line}", flush=True)
+GREETING = """headgate: ready: {model} at {url}/v1 (metrics: http://{gateway}/metrics and http://{worker}/metrics)
 
-
-GREETING = """headgate: ready: {model} at {url}/v1 (metrics: {url}/metrics and {metrics})
-
-  curl {url}/v1/chat/completions -H 'content-type: application/json' \\
+  curl {url}/v1/chat/completions -H 'content-type: application/json' {header}\\
     -d '{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "Document `textwrap.dedent`"}}]}}'
 
-  from openai import OpenAI
-  client = OpenAI(base_url="{url}/v1", api_key="none")
+  {imports}from openai import OpenAI
+  client = OpenAI(base_url="{url}/v1", api_key={key})
   stream = client.chat.completions.create(
       model="{model}", stream=True, messages=[{{"role": "user", "content": "Document `textwrap.dedent`"}}]
   )
   for chunk in stream:
       print(chunk.choices[0].delta.content or "", end="", flush=True)
 """
+OPEN = {"header": "", "imports": "", "key": '"none"'}
+WITH_KEYS = {
+    "header": '-H "Authorization: Bearer $HEADGATE_API_KEY" ',
+    "imports": "import os\n  ",
+    "key": 'os.environ["HEADGATE_API_KEY"]',
+}

@@ -15,6 +15,7 @@ class Account:
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
+        self._charged: dict[str, float] = {}
         self._active: dict[str, int] = {}
         self._least: float | None = None  # of the active, while it is known: a crowd that comes at once asks often
 
@@ -35,10 +36,16 @@ class Account:
 
     def charge(self, tenant: str, seconds: float) -> None:
         self._seconds[tenant] = self._seconds.get(tenant, 0.0) + seconds
+        self._charged[tenant] = self._charged.get(tenant, 0.0) + seconds
         self._least = None
 
     def used_seconds(self, tenant: str) -> float:
         return self._seconds.get(tenant, 0.0)
+
+    def take_charged(self) -> dict[str, float]:
+        """By tenant, since this was last asked. Unlike what counts as used, nobody is lifted here."""
+        charged, self._charged = self._charged, {}
+        return charged
 
     def _forget_the_absent(self) -> None:
         if not self._active:

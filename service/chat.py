@@ -9,7 +9,16 @@ from starlette.responses import Response
 
 from service.chunks import ChatShape
 from service.fleet import Model
-from service.generate import Generator, heading, limit_tokens, renderings_for, requests_for, room, told_tokens
+from service.generate import (
+    Generator,
+    heading,
+    limit_tokens,
+    renderings_for,
+    requests_for,
+    room,
+    told_tokens,
+    wanted_tokens,
+)
 from service.schema import ChatRequest, parse_chat
 from service.stream import Order
 from service.token_log import ChatLog
@@ -25,12 +34,12 @@ class Chat:
         parse = functools.partial(parse_chat, max_choices=generator.config.max_choices)
         visit, body = await generator.read(request, parse)
         model = generator.model(visit, body)
+        wanted = wanted_tokens(visit.key, body, told_tokens(body))
         messages = [message.for_template() for message in body.messages]
-        prompt = await model.text.chat_prompt(messages, limit_tokens(model.worker))
+        prompt = await model.text.chat_prompt(messages, limit_tokens(model.worker, visit.key))
         model.check_text(prompt, "messages")
-        wanted_tokens = told_tokens(body) if body.limit_tokens is None else body.limit_tokens
-        max_tokens = room(model.worker, len(prompt), wanted_tokens, "messages", body.min_tokens)
-        requests = requests_for(model, body, visit.tier, [(prompt, max_tokens)])
+        max_tokens = room(model.worker, visit.key, len(prompt), wanted, "messages", body.min_tokens)
+        requests = requests_for(model, body, visit, [(prompt, max_tokens)])
         told_ids = prompt if body.return_token_ids else None
         order = Order(
             requests=requests,
@@ -42,7 +51,7 @@ class Chat:
             prompt_tokens=len(prompt),
         )
         answer = generator.answer(visit, model, order, body.stream)
-        return await generator.submit(visit, answer, order)
+        return await generator.submit(visit, model, answer, order)
 
     @staticmethod
     def _logs(model: Model, body: ChatRequest) -> list[ChatLog]:

@@ -31,7 +31,7 @@ from scheduler.messages import (
     decode_decision,
 )
 from service.errors import unavailable
-from service.exchange import Pool
+from service.exchange import Pool, connect, request_head
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ SILENCE_SECONDS = 30.0  # a worker says something every second; one that is sile
 FRAME_LIMIT_BYTES = 16 << 20  # a step that carries 16384 requests has a hundredth of it
 LOGPROBS_FRAMES_AT_ONCE = 2  # dealt before others have their turn: 3 ms each when they are written down at once
 WORKER_FAILED = (REASONS.index(Reason.WORKER_FAILED), 1000)
+MOST_ID = 0xFFFFFFFF
 UNFIT = "a step frame whose columns do not fit together"
 
 Frames = list[AnyFrame]
@@ -138,29 +139,47 @@ class StepStream(asyncio.Protocol):
             self.transport.abort()
 
 
+class Unusable(Exception):
+    """The worker is there, but not for this gateway."""
+
+
+class Loading(ConnectionError):
+    """The worker is there, and not yet what it will be."""
+
+
 class WorkerClient:
-    """Keeps the step stream open, for ever; submits, withdraws, deals."""
+    """Keeps the step stream open, for ever; submits, withdraws, deals.
+
+    `first_id` and `id_step` let the clients of one gateway take ids that no other of them takes.
+    """
 
     def __init__(
         self,
-        path: str,
+        address: str,
         gateway: int,
         learn: Callable[[WorkerInfo], Coroutine[Any, Any, None]],
         *,
         connections: int,
         submit_seconds: float,
+        secret: str = "",
+        first_id: int = 1,
+        id_step: int = 1,
     ) -> None:
+        self.address = address
         self.gateway = gateway
         self.connected = False
         self.fault = ""  # why the worker that is there cannot be used
+        self.absence = ""  # why none is there
         self.snapshot: Snapshot | None = None
         self.snapshot_at = 0.0
-        self._path = path
+        self._secret = secret
         self._learn = learn
-        self._pool = Pool(path, connections)
+        self._pool = Pool(address, secret, connections)
         self._submit_seconds = submit_seconds
         self._open: dict[int, Receiver] = {}
-        self._last_id = 0
+        self._first_id = first_id
+        self._id_step = id_step
+        self._last_id = first_id - id_step
         self._fresh: set[int] = set()  # ids that wait for their first token
         self._held: list[StepFrame] = []  # dealt in the next turn of the loop, or before the next step
         self._withdrawals: set[asyncio.Task[None]] = set()
@@ -168,11 +187,17 @@ class WorkerClient:
     # --- requests
 
     def next_id(self) -> int:
-        """Counts up from 1 and wraps within uint32, past requests that are still open."""
+        """Counts up and wraps within uint32, past requests that are still open."""
         while True:
-            self._last_id = self._last_id % 0xFFFFFFFF + 1
+            self._last_id += self._id_step
+            if self._last_id > MOST_ID:
+                self._last_id = self._first_id
             if self._last_id not in self._open:
                 return self._last_id
+
+    @property
+    def open_requests(self) -> int:
+        return len(self._open)
 
     async def submit(self, request: Request, receiver: Receiver) -> Decision:
         """Raises ApiError (503) when the worker cannot be asked. Tokens may reach the receiver before this returns."""
@@ -198,11 +223,11 @@ class WorkerClient:
                 status, body = await self._pool.exchange("POST", f"/requests?gateway={self.gateway}", request.encode())
             if status == 200:
                 return decode_decision(body)
-            logger.error("the worker answered a request with status %d", status)
+            logger.error("the worker at %s answered a request with status %d", self.address, status)
         except TimeoutError:
-            logger.error("the worker did not decide within %g s", self._submit_seconds)
+            logger.error("the worker at %s did not decide within %g s", self.address, self._submit_seconds)
         except (OSError, ValueError, TypeError) as error:
-            logger.error("the worker could not be asked: %r", error)
+            logger.error("the worker at %s could not be asked: %r", self.address, error)
         raise unavailable("The model's worker does not answer at the moment. Please retry.")
 
     def withdraw(self, id: int) -> None:
@@ -305,6 +330,7 @@ class WorkerClient:
     def _break(self) -> None:
         """The step stream is gone: so are its requests, here and at the worker."""
         self._deal_held()
+        self._pool.close()  # they may lead to where the worker was
         self.connected = False
         self._fresh.clear()
         receivers, self._open = self._open, {}
@@ -321,41 +347,55 @@ class WorkerClient:
             try:
                 await self._follow()
                 backoff_seconds = FIRST_BACKOFF_SECONDS
-                logger.warning("the step stream broke")
+                logger.warning("the step stream of the worker at %s broke", self.address)
             except OSError as error:
                 self.fault = ""  # whoever had it is gone
-                logger.debug("no worker at its socket yet: %r", error)
+                self._find_absence(f"{error}" or repr(error), isinstance(error, Loading))
+            except Unusable as error:
+                self._find_fault(f"{error}")
             except Exception as error:  # its word is of no use (tokenizer, template); no request is open, so ask again
-                self.fault = f"{error}" or repr(error)
-                logger.exception("the worker cannot be used")
+                self._find_fault(f"{error}" or repr(error), error)
             await asyncio.sleep(backoff_seconds)
             backoff_seconds = min(2 * backoff_seconds, LAST_BACKOFF_SECONDS)
+
+    def _find_fault(self, fault: str, error: Exception | None = None) -> None:
+        """It is asked again every second; what is wrong with it is told once."""
+        if fault != self.fault:
+            logger.error("the worker at %s cannot be used: %s", self.address, fault, exc_info=error)
+        self.fault = fault
+
+    def _find_absence(self, absence: str, is_usual: bool) -> None:
+        if absence != self.absence and not is_usual:
+            logger.info("no worker at %s: %s", self.address, absence)
+        self.absence = absence
 
     async def _follow(self) -> None:
         """From learning the model to the end of the step stream. Raises when it did not come to a stream."""
         async with asyncio.timeout(CONNECT_SECONDS):
             status, body = await self._pool.exchange("GET", "/model")
+        if status == 401:
+            raise Unusable("it does not take this gateway's secret" if self._secret else "it wants a secret")
+        if 400 <= status < 500:
+            raise Unusable(f"no worker for gateways is there: /model answered {status}")
         if status != 200:
-            raise ConnectionError(f"/model answered {status}")
+            raise Loading(f"/model answered {status}")
         await self._learn(WorkerInfo.decode(body))
         stream = await self._open_stream()
         try:
-            self.connected, self.fault = True, ""
+            self.connected, self.fault, self.absence = True, "", ""
             while not stream.closed.done():
                 await asyncio.wait([stream.closed], timeout=1.0)
                 if time.monotonic() - stream.heard_at > SILENCE_SECONDS:
-                    logger.error("the worker has been silent for %g s", SILENCE_SECONDS)
+                    logger.error("the worker at %s has been silent for %g s", self.address, SILENCE_SECONDS)
                     break
         finally:
             stream.close()
             self._break()
 
     async def _open_stream(self) -> StepStream:
-        request = f"GET /steps?gateway={self.gateway} HTTP/1.1\r\nhost: worker\r\n\r\n".encode()
+        request = request_head("GET", f"/steps?gateway={self.gateway}", self._secret)
         async with asyncio.timeout(CONNECT_SECONDS):
-            _, stream = await asyncio.get_running_loop().create_unix_connection(
-                lambda: StepStream(request, self.deliver), self._path
-            )
+            stream = await connect(lambda: StepStream(request, self.deliver), self.address)
             try:
                 status = await stream.opened
             except BaseException:

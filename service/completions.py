@@ -15,8 +15,9 @@ from service.chunks import CompletionShape
 from service.detokenize import escape
 from service.errors import invalid
 from service.fleet import Model
-from service.generate import Generator, heading, limit_tokens, renderings_for, requests_for, room
-from service.schema import CompletionRequest, check_prompt_ids, parse_completion
+from service.generate import Generator, heading, limit_tokens, renderings_for, requests_for, room, wanted_tokens
+from service.keys import Key
+from service.schema import DEFAULT_COMPLETION_TOKENS, CompletionRequest, check_prompt_ids, parse_completion
 from service.stream import Order
 from service.token_log import CompletionLog, Echoed
 
@@ -35,19 +36,20 @@ class Completions:
         parse = functools.partial(parse_completion, max_choices=generator.config.max_choices)
         visit, body = await generator.read(request, parse)
         model = generator.model(visit, body)
-        prompts = [await self._ids(model, prompt) for prompt in body.prompt]
+        key, wanted = visit.key, wanted_tokens(visit.key, body, DEFAULT_COMPLETION_TOKENS)
+        prompts = [await self._ids(model, key, prompt) for prompt in body.prompt]
         check_scores(sum(map(len, prompts)), body)
-        limits = [room(model.worker, len(ids), body.max_tokens, "prompt", body.min_tokens) for ids in prompts]
+        limits = [room(model.worker, key, len(ids), wanted, "prompt", body.min_tokens) for ids in prompts]
         if body.only_scores:
             limits = [1] * len(limits)  # a step computes them, and draws a token whether it is wanted or not
-        requests = requests_for(model, body, visit.tier, list(zip(prompts, limits, strict=True)))
+        requests = requests_for(model, body, visit, list(zip(prompts, limits, strict=True)))
         echoes = await self._echoes(model, body)
         order = Order(
             requests=requests,
             renderings=renderings_for(model, body, len(requests)),
             echoes=repeated([escape(echo) for echo in echoes], body.n),
             logs=await self._logs(model, body, prompts, echoes),
-            shape=CompletionShape(heading("cmpl", model, body, requests[0], body.service_tier)),
+            shape=CompletionShape(heading("cmpl", model, body, requests[0], visit.tier if body.service_tier else None)),
             include_usage=body.include_usage,
             prompt_tokens=sum(map(len, prompts)),
         )
@@ -56,17 +58,19 @@ class Completions:
             for choice in answer.choices:
                 choice.take((), Finish.LENGTH, time.monotonic())
             return answer
-        return await generator.submit(visit, answer, order)
+        return await generator.submit(visit, model, answer, order)
 
     @staticmethod
-    async def _ids(model: Model, prompt: str | list[Any]) -> list[int]:
+    async def _ids(model: Model, key: Key, prompt: str | list[Any]) -> list[int]:
         if isinstance(prompt, str):
-            ids = await model.text.prompt(prompt, limit_tokens(model.worker))
+            ids = await model.text.prompt(prompt, limit_tokens(model.worker, key))
             if not ids:
                 raise invalid("'prompt' must hold at least one token.", "prompt")
             model.check_text(ids, "prompt")
             return ids
-        room(model.worker, len(prompt), None, "prompt")  # before the ids are looked at: that takes time for millions
+        room(
+            model.worker, key, len(prompt), None, "prompt"
+        )  # before the ids are looked at: that takes time for millions
         check_prompt_ids(prompt, model.vocabulary)
         return prompt
 

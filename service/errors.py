@@ -56,6 +56,16 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(400, message, param=param, code=code)
 
 
+def not_allowed(message: str, code: str, param: str | None = None) -> ApiError:
+    """A known caller asks for what is not for them."""
+    return ApiError(403, message, param=param, code=code)
+
+
+def key_has_ended() -> ApiError:
+    """Of a key that was good when the request came in."""
+    return ApiError(401, "This API key has been revoked or has expired.", code="invalid_api_key")
+
+
 def model_not_found(model: str) -> ApiError:
     return ApiError(
         404,
@@ -69,7 +79,7 @@ def context_length_exceeded(prompt_tokens: int, limit_tokens: int, param: str, e
     """Not `exactly`: it has at least so many tokens, and nobody counted further."""
     came_to = "came to" if exactly else "came to at least"
     return invalid(
-        f"This model takes at most {limit_tokens} tokens, and at least one of them must be generated. "
+        f"A request may have at most {limit_tokens} tokens here, and at least one of them must be generated. "
         f"Your {param} {came_to} {prompt_tokens} tokens. Please shorten the {param}.",
         param,
         "context_length_exceeded",
@@ -104,6 +114,44 @@ def overloaded(reason: Reason, retry_after_seconds: float) -> ApiError:
         f"Not admitted: {sentence} ({reason}). Please retry after {retry_after_seconds:.3g} s.",
         type="rate_limit_exceeded",
         code=reason,
+        retry_after_seconds=retry_after_seconds,
+    )
+
+
+def rate_limited(
+    family: str, owner: str, per_minute: int, used: float, requested: int, retry_after_seconds: float
+) -> ApiError:
+    """`family`: "requests" or "tokens"; `owner`: whose limit it is."""
+    return ApiError(
+        429,
+        f"Rate limit reached for {owner} on {family} per minute: limit {per_minute}, used {math.ceil(used)}, "
+        f"requested {requested}. Please retry after {retry_after_seconds:.3g} s.",
+        type=family,
+        code="rate_limit_exceeded",
+        retry_after_seconds=retry_after_seconds,
+    )
+
+
+def never_within_rate(owner: str, per_minute: int, requested: int) -> ApiError:
+    """Waiting would not help, and clients that retry by themselves are told so."""
+    return ApiError(
+        429,
+        f"Request too large for {owner} on tokens per minute: limit {per_minute}, requested {requested} in the prompt alone. "
+        "It would never fit, however long you wait. Please shorten the prompt or ask for a higher limit.",
+        type="tokens",
+        code="rate_limit_exceeded",
+        headers=(("x-should-retry", "false"),),
+    )
+
+
+def too_many_at_once(owner: str, limit: int, num_waiting: int, retry_after_seconds: float) -> ApiError:
+    waiting = f", and {num_waiting} waiting" if num_waiting else ""
+    return ApiError(
+        429,
+        f"Too many concurrent requests for {owner}: limit {limit}, all in use{waiting}. "
+        f"Please retry after {retry_after_seconds:.3g} s.",
+        type="requests",
+        code="concurrency_limit",
         retry_after_seconds=retry_after_seconds,
     )
 

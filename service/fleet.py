@@ -1,8 +1,9 @@
-"""The workers behind this gateway: what they serve, how they are, and which of them gets a request. One worker so far."""
+"""The workers behind this gateway: what they serve, how they are, and which of them gets a request."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import logging
 import secrets
@@ -24,7 +25,7 @@ STALL_SECONDS = 30.0  # no step runs for so long
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A served model and who serves it."""
+    """A served model and the worker that serves it."""
 
     worker: WorkerInfo
     text: Text
@@ -42,57 +43,100 @@ class Model:
 
 
 class Fleet:
+    """One client per worker, each on its own; `_served` holds what every one of them said last."""
+
     def __init__(self, config: GatewayConfig) -> None:
+        workers = tuple(
+            dict.fromkeys(config.workers)
+        )  # two clients of one worker would take its step stream from each other
         gateway = 1 + secrets.randbelow(0xFFFFFFFE)  # neither 0 nor 0xFFFFFFFF
-        self._client = WorkerClient(
-            config.workers[0],
-            gateway,
-            self._learn,
-            connections=config.worker_connections,
-            submit_seconds=config.submit_seconds,
-        )
-        self._model: Model | None = None
+        self._clients = [
+            WorkerClient(
+                address,
+                gateway,
+                functools.partial(self._learn, place),
+                connections=config.worker_connections,
+                submit_seconds=config.submit_seconds,
+                secret=config.secret,
+                first_id=place + 1,
+                id_step=len(workers),
+            )
+            for place, address in enumerate(workers)
+        ]
+        self._served: dict[int, Model] = {}  # by the client's place
+        self._building = asyncio.Lock()
 
     async def run(self) -> None:
-        await self._client.run()
+        await asyncio.gather(*(client.run() for client in self._clients))
 
     def close(self) -> None:
-        self._client.close()
+        for client in self._clients:
+            client.close()
 
-    async def _learn(self, worker: WorkerInfo) -> None:
-        """A worker has told what it serves. The table of a known variant is not built again: 0.6 s for 150,000 tokens."""
-        known = self._model
-        if known is not None and known.worker.variant == worker.variant:
-            text = known.text
-        else:
-            text = await asyncio.to_thread(Text, worker)
-            gc.collect()
-            gc.freeze()  # the tables never die: keep them out of every later collection
-        self._model = Model(worker, text, self._client)
-        logger.info("serving %s (%s)", worker.model, worker.engine)
+    async def _learn(self, place: int, worker: WorkerInfo) -> None:
+        """A worker has told what it serves now."""
+        async with self._building:  # workers that start together often have the same tables
+            text = self._known_text(worker.variant) or await build_text(worker)
+        self._served[place] = Model(worker, text, self._clients[place])
+        logger.info("%s serves %s (%s)", self._clients[place].address, worker.model, worker.engine)
+
+    def _known_text(self, variant: str) -> Text | None:
+        """The table of a known variant is not built again: 0.6 s for 150,000 tokens."""
+        return next((model.text for model in self._served.values() if model.worker.variant == variant), None)
 
     def models(self) -> list[WorkerInfo]:
-        return [self._model.worker] if self._model is not None else []
+        """Each model once, also those whose workers are away."""
+        return list({model.worker.model: model.worker for model in self._in_order()}.values())
+
+    def ready_models(self) -> list[str]:
+        """Those of which a token can be generated now."""
+        models = [(place, model.worker.model) for place, model in sorted(self._served.items())]
+        return list(dict.fromkeys(name for place, name in models if self._unready(place) is None))
 
     def model(self, name: str) -> Model:
-        """Raises ApiError when nobody serves it, or nobody has said yet what is served."""
-        if self._model is None:
+        """Of the workers that have it, the one with the fewest open requests.
+
+        Raises ApiError when none has it, or nobody has said yet what is served.
+        """
+        if not self._served:
             raise unavailable("The model is still being loaded. Please retry.")
-        if name != self._model.worker.model:
+        having = [model for model in self._in_order() if model.worker.model == name]
+        if not having:
             raise model_not_found(name)
-        return self._model
+        return min(having, key=lambda model: (not model.client.connected, model.client.open_requests))
+
+    def _in_order(self) -> list[Model]:
+        return [model for _, model in sorted(self._served.items())]
 
     def unready(self) -> str | None:
         """Why no token can be generated now; None when one can."""
-        if self._client.fault:
-            return f"the worker cannot be used: {self._client.fault}"
-        if self._model is None:
-            return "no worker has said yet what it serves"
-        if not self._client.connected:
+        reasons = []
+        for place, client in enumerate(self._clients):
+            reason = self._unready(place)
+            if reason is None:
+                return None
+            reasons.append(reason if len(self._clients) == 1 else f"{client.address}: {reason}")
+        return "; ".join(reasons)
+
+    def _unready(self, place: int) -> str | None:
+        """Why this worker can generate nothing now."""
+        client = self._clients[place]
+        if client.fault:
+            return f"the worker cannot be used: {client.fault}"
+        if place not in self._served:
+            return "the worker has not said yet what it serves" + (f" ({client.absence})" if client.absence else "")
+        if not client.connected:
             return "the worker's step stream is not connected"
-        snapshot = self._client.snapshot
-        if snapshot is None or time.monotonic() - self._client.snapshot_at > FRESH_SECONDS:
+        snapshot = client.snapshot
+        if snapshot is None or time.monotonic() - client.snapshot_at > FRESH_SECONDS:
             return "the worker has not reported for some seconds"
         if snapshot.stalled_seconds > STALL_SECONDS:
             return f"the worker's running step has not ended for {snapshot.stalled_seconds:.0f} s"
         return None
+
+
+async def build_text(worker: WorkerInfo) -> Text:
+    text = await asyncio.to_thread(Text, worker)
+    gc.collect()
+    gc.freeze()  # the tables never die: keep them out of every later collection
+    return text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -18,10 +19,12 @@ from service.chunks import Heading
 from service.config import GatewayConfig
 from service.detokenize import Rendering
 from service.door import VISIT, Visit
-from service.errors import context_length_exceeded, invalid
+from service.errors import ApiError, context_length_exceeded, invalid, not_allowed
 from service.fleet import Fleet, Model
+from service.keys import Key
+from service.limits import Allowance
 from service.metrics import Metrics
-from service.schema import GenerateRequest, Parsed, check_ids
+from service.schema import AUTO, GenerateRequest, Parsed, check_ids
 from service.stream import Answer, CollectedAnswer, LoggedCollection, LoggedStream, Order, StreamedAnswer
 
 SEED_MASK = (1 << 63) - 1
@@ -49,10 +52,13 @@ class Generator:
         return visit, parse(fields)
 
     def model(self, visit: Visit, body: GenerateRequest) -> Model:
-        """Raises ApiError when it is not served here. From here on, the request is counted under its model."""
+        """Raises ApiError when it is not served here, or not to this caller. From here on, the request has model and tier."""
+        key = visit.key
+        if not key.may_use_model(body.model):
+            raise model_not_allowed(body.model, key.models)
         model = self.fleet.model(body.model)
         visit.model = model.worker.model
-        visit.tier = body.service_tier or "default"
+        visit.tier = tier_for(key, body.service_tier)
         check_against(model, body)
         return model
 
@@ -63,11 +69,61 @@ class Generator:
             kind = LoggedCollection if order.logs else CollectedAnswer
         return kind(visit, model.client, order, self.config, self.metrics)
 
-    async def submit(self, visit: Visit, answer: Answer, order: Order) -> Answer:
-        """Raises ApiError when the worker refuses."""
+    async def submit(self, visit: Visit, model: Model, answer: Answer, order: Order) -> Answer:
+        """Raises ApiError when the caller's limits or the worker refuse."""
+        if visit.allowance is not None:
+            # not before the prompt is known to be good: nobody waits in line only to hear that it is too long
+            await Turn(visit, visit.allowance).come(model.worker.tier_wait_seconds.get(visit.tier, math.inf))
+            longest = max(request.max_tokens for request in order.requests)
+            await visit.allowance.reserve(order.prompt_tokens, longest, len(order.requests), time.monotonic())
+            visit.answer = answer
         await answer.submit(order.requests)
         self.bodies.release(visit.body)
         return answer
+
+
+class Turn:
+    """A place in the caller's own line. While a visit has it, it is what the door ends."""
+
+    completion_tokens = 0
+
+    def __init__(self, visit: Visit, allowance: Allowance) -> None:
+        self._visit = visit
+        self._allowance = allowance
+        visit.answer = self
+
+    async def come(self, wait_seconds: float) -> None:
+        """Raises ApiError when it takes longer, or what has ended the visit meanwhile."""
+        try:
+            await self._allowance.slot(wait_seconds)
+        except ApiError:
+            self._visit.check()
+            raise
+        self._visit.check()
+
+    def abandon(self, outcome: str) -> None:
+        self._allowance.leave()  # which wakes who waits
+
+    def fail(self, error: ApiError) -> None:
+        self._allowance.leave()
+
+
+def model_not_allowed(model: str, allowed: Sequence[str]) -> ApiError:
+    names = ", ".join(allowed)
+    return not_allowed(
+        f"This API key may not use the model '{model}'. It may use: {names}.", "model_not_allowed", "model"
+    )
+
+
+def tier_for(key: Key, asked: str | None) -> str:
+    """The service tier that a request gets. Raises ApiError when its key has no right to it."""
+    if asked in (None, AUTO):
+        return key.default_tier if key.may_use_tier(key.default_tier) else key.tiers[0]
+    if not key.may_use_tier(asked):
+        names = ", ".join(key.tiers)
+        message = f"This API key may not use the service tier '{asked}'. It may use: {names}."
+        raise not_allowed(message, "tier_not_allowed", "service_tier")
+    return asked
 
 
 def check_against(model: Model, body: GenerateRequest) -> None:
@@ -78,17 +134,37 @@ def check_against(model: Model, body: GenerateRequest) -> None:
         raise invalid("'logprobs' needs a model: the simulated engine draws no tokens, it has no weights.", "logprobs")
 
 
-def limit_tokens(worker: WorkerInfo) -> int:
+def context_tokens(worker: WorkerInfo, key: Key) -> int:
+    """How many tokens a prompt and its answer may have together."""
+    return min(worker.context_tokens, key.max_context_tokens or worker.context_tokens)
+
+
+def limit_tokens(worker: WorkerInfo, key: Key) -> int:
     """How many tokens a prompt and one more may have together."""
-    return min(worker.context_tokens, worker.max_prompt_tokens + 1)
+    return min(context_tokens(worker, key), worker.max_prompt_tokens + 1)
 
 
-def room(worker: WorkerInfo, prompt_tokens: int, wanted_tokens: int | None, param: str, min_tokens: int = 0) -> int:
+def wanted_tokens(key: Key, body: GenerateRequest, unsaid_tokens: int | None) -> int | None:
+    """How many tokens an answer may have; `unsaid_tokens` where the client does not say. Raises ApiError."""
+    most = key.max_output_tokens
+    if body.limit_tokens is None:
+        return min((tokens for tokens in (unsaid_tokens, most) if tokens is not None), default=None)
+    if most is not None and body.limit_tokens > most:
+        message = (
+            f"'{body.limit_param}' is {body.limit_tokens}, but answers to this API key have at most {most} tokens."
+        )
+        raise invalid(message, body.limit_param)
+    return body.limit_tokens
+
+
+def room(
+    worker: WorkerInfo, key: Key, prompt_tokens: int, wanted_tokens: int | None, param: str, min_tokens: int = 0
+) -> int:
     """How many tokens may be generated. Raises ApiError when the prompt leaves room for none, or for too few."""
-    limit = limit_tokens(worker)
+    limit = limit_tokens(worker, key)
     if prompt_tokens + 1 > limit:
         raise context_length_exceeded(prompt_tokens, limit, param)
-    left = worker.context_tokens - prompt_tokens
+    left = context_tokens(worker, key) - prompt_tokens
     most = left if wanted_tokens is None else min(wanted_tokens, left)
     if min_tokens > most:
         raise invalid(f"'min_tokens' is {min_tokens}, but no more than {most} tokens may be generated.", "min_tokens")
@@ -96,7 +172,7 @@ def room(worker: WorkerInfo, prompt_tokens: int, wanted_tokens: int | None, para
 
 
 def requests_for(
-    model: Model, body: GenerateRequest, tier: str, prompts: Sequence[tuple[Sequence[int], int]]
+    model: Model, body: GenerateRequest, visit: Visit, prompts: Sequence[tuple[Sequence[int], int]]
 ) -> list[Request]:
     """`n` for each prompt and its max_tokens, one after the other. Raises ApiError when that is too much."""
     repeated_tokens = body.n * sum(len(prompt) for prompt, _ in prompts)
@@ -115,7 +191,8 @@ def requests_for(
             gateway=model.client.gateway,
             prompt=prompt,
             max_tokens=max_tokens,
-            tier=tier,
+            tier=visit.tier,
+            tenant=visit.key.tenant,
             sampling=sampling,
             stop_ids=stop_ids,
             ignore_eos=body.ignore_eos,

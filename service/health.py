@@ -28,7 +28,7 @@ class Health:
         reason = self._fleet.unready()
         if reason is not None:
             return unavailable(f"Not ready: {reason}.", code="not_ready").response()
-        return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": "ready", "models": self._fleet.ready_models()})
 
     async def metrics(self) -> Response:
         """Prometheus text."""

@@ -39,13 +39,13 @@ class Key:
 
     id: str
     tenant: str
-    digest: str  # of the whole key, hexadecimal
+    digest: str = field(repr=False)  # of the whole key, hexadecimal
     created_at: float
     name: str = ""  # the operator's note
     admin: bool = False
     expires_at: float | None = None
     revoked_at: float | None = None
-    previous_digest: str = NO_DIGEST  # of the secret before a rotation …
+    previous_digest: str = field(default=NO_DIGEST, repr=False)  # of the secret before a rotation …
     previous_until: float = 0.0  # … and how long it is still good
     models: tuple[str, ...] = ()
     tiers: tuple[str, ...] = ()

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
+
+from scheduler.tenants import TenantLabels
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -92,10 +94,32 @@ class Histogram:
         return family
 
 
-class Metrics:
-    """One per gateway process. Every attribute is written by exactly one place."""
+class Counts:
+    """A family of counters. The last label is the tenant's, which is bounded; the others come from the server's own lists."""
 
-    def __init__(self, version: str) -> None:
+    def __init__(self, name: str, help: str, labels: Sequence[str], tenants: TenantLabels) -> None:
+        self._name = name
+        self._help = help
+        self._labels = (*labels, "tenant")
+        self._tenants = tenants
+        self._by: dict[tuple[str, ...], int] = {}
+
+    def add(self, *labels: str, amount: int = 1) -> None:
+        *others, tenant = labels
+        key = (*others, self._tenants.of(tenant))
+        self._by[key] = self._by.get(key, 0) + amount
+
+    def family(self) -> CounterMetricFamily:
+        family = CounterMetricFamily(self._name, self._help, labels=self._labels)
+        for labels, count in self._by.items():
+            family.add_metric(labels, count)
+        return family
+
+
+class Metrics:
+    """One per gateway process. Every attribute is written by exactly one place. `tenants`: who has a label for sure."""
+
+    def __init__(self, version: str, tenants: Iterable[str] = ()) -> None:
         self.ttft = Histogram(
             "headgate_time_to_first_token_seconds", "From a request's arrival to its first delivery", TTFT_SECONDS
         )
@@ -108,19 +132,18 @@ class Metrics:
         )
         self.stalls = Buckets(STALL_SECONDS)
         self.requests_open = 0
-        self._requests: dict[tuple[str, str, str], int] = {}
-        self._prompt_tokens: dict[Served, int] = {}
+        labels = TenantLabels(tenants)
+        self.requests = Counts("headgate_requests", "Requests that ended, by how", ("model", "tier", "outcome"), labels)
+        self.refusals = Counts(
+            "headgate_refusals", "Requests answered with 429 or 503, by code", ("model", "tier", "reason"), labels
+        )
+        self.prompt_tokens = Counts("headgate_prompt_tokens", "Tokens of admitted prompts", ("model", "tier"), labels)
+        self.completion_tokens = Counts(
+            "headgate_completion_tokens", "Tokens of answers that ended, whole or not", ("model", "tier"), labels
+        )
         self._version = version
         self._registry = CollectorRegistry()
         self._registry.register(self)
-
-    def count_request(self, model: str, tier: str, outcome: str) -> None:
-        key = (model, tier, outcome)
-        self._requests[key] = self._requests.get(key, 0) + 1
-
-    def count_prompt(self, model: str, tier: str, tokens: int) -> None:
-        key = (model, tier)
-        self._prompt_tokens[key] = self._prompt_tokens.get(key, 0) + tokens
 
     def render(self) -> bytes:
         """Reads memory only."""
@@ -132,16 +155,8 @@ class Metrics:
         stalls = HistogramMetricFamily("headgate_event_loop_stall_seconds", "How late the event loop runs a timer")
         stalls.add_metric([], self.stalls.cumulated(), self.stalls.total)
         yield stalls
-        requests = CounterMetricFamily(
-            "headgate_requests", "Requests that ended, by how", labels=["model", "tier", "outcome"]
-        )
-        for labels, count in self._requests.items():
-            requests.add_metric(labels, count)
-        yield requests
-        prompts = CounterMetricFamily("headgate_prompt_tokens", "Tokens of admitted prompts", labels=["model", "tier"])
-        for served, tokens in self._prompt_tokens.items():
-            prompts.add_metric(served, tokens)
-        yield prompts
+        for counts in (self.requests, self.refusals, self.prompt_tokens, self.completion_tokens):
+            yield counts.family()
         yield GaugeMetricFamily("headgate_requests_open", "Requests being answered", value=self.requests_open)
         build = GaugeMetricFamily("headgate_build_info", "Always 1", labels=["version", "component"])
         build.add_metric([self._version, "gateway"], 1)

@@ -32,6 +32,7 @@ MAX_BIAS = 100
 MAX_ALTERNATIVES = 20
 MAX_MESSAGES = 4096
 MAX_ID_DIGITS = 10
+DEFAULT_COMPLETION_TOKENS = 16  # of a completion, not of a chat: OpenAI's
 BIASES = {"type": "object", "additionalProperties": {"type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS}}
 STRING, ID = {"type": "string"}, {"type": "integer", "minimum": 0}
 STOPS = {"anyOf": [STRING, {"type": "array", "items": STRING, "maxItems": MAX_STOPS}]}
@@ -39,8 +40,9 @@ STOP_IDS = {"type": "array", "items": ID, "maxItems": MAX_STOP_IDS}
 IDS = {"type": "array", "items": ID, "minItems": 1}
 PROMPTS = {"anyOf": [STRING, {"type": "array", "items": STRING, "minItems": 1}, IDS, {"type": "array", "items": IDS}]}
 CONTENT = {"anyOf": [STRING, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]}
+AUTO = "auto"  # the tier that is usual for whoever asks
 TIERS = {
-    "auto": "default",
+    "auto": AUTO,
     "default": "default",
     "scale": "default",
     "flex": "flex",
@@ -251,6 +253,16 @@ class GenerateRequest(BaseModel, ABC):
 
     @property
     @abstractmethod
+    def limit_tokens(self) -> int | None:
+        """How many tokens an answer may have, if the client says so."""
+
+    @property
+    def limit_param(self) -> str:
+        """Where the client says it."""
+        return "max_tokens"
+
+    @property
+    @abstractmethod
     def alternatives(self) -> int | None:
         """How many likely tokens are told beside each one; None: no probabilities at all."""
 
@@ -289,6 +301,10 @@ class ChatRequest(GenerateRequest):
     @property
     def limit_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def limit_param(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     @property
     def alternatives(self) -> int | None:
@@ -333,11 +349,15 @@ class CompletionRequest(GenerateRequest):
     prompt: Annotated[
         list[Any], BeforeValidator(prompts), WithJsonSchema(PROMPTS)
     ]  # each a str or a list, whose first item is an int
-    max_tokens: Annotated[int, Field(ge=0), null_means(16)] = 16
+    max_tokens: Annotated[int | None, Field(ge=0, json_schema_extra={"default": DEFAULT_COMPLETION_TOKENS})] = None
     echo: Annotated[bool, null_means(False)] = False
     logprobs: Annotated[int | None, Field(ge=0, le=MAX_ALTERNATIVES)] = None
 
     neutral: ClassVar[Neutral] = NEUTRAL | {"top_logprobs": (None,)}
+
+    @property
+    def limit_tokens(self) -> int | None:
+        return self.max_tokens
 
     @property
     def alternatives(self) -> int | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib.util
 import resource
 import signal
 import socket
 from collections.abc import Callable
 from types import FrameType
+from typing import cast
 
 import uvicorn
 
@@ -47,13 +49,16 @@ class Server(uvicorn.Server):
         self._door.end_all()
 
 
-def create_server(config: GatewayConfig, sock: socket.socket) -> Server:
+def create_server(config: GatewayConfig, sock: socket.socket, metrics: socket.socket | None = None) -> Server:
+    """`metrics`: a second socket, where nothing else is answered."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # accepted sockets inherit it
     door = create_app(config)
+    metrics_at = metrics.getsockname()[:2] if metrics is not None else None
+    protocol = cast(type[asyncio.Protocol], functools.partial(OpenProtocol, metrics_at=metrics_at))
     settings = uvicorn.Config(
         door,
         loop="uvloop" if importlib.util.find_spec("uvloop") else "asyncio",
-        http=OpenProtocol,
+        http=protocol,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -67,11 +72,18 @@ def create_server(config: GatewayConfig, sock: socket.socket) -> Server:
     return Server(settings, door, config.drain_seconds)
 
 
-def run(config: GatewayConfig, sock: socket.socket, on_end: Callable[[], None] | None = None) -> None:
+def run(
+    config: GatewayConfig,
+    sock: socket.socket,
+    on_end: Callable[[], None] | None = None,
+    *,
+    metrics: socket.socket | None = None,
+) -> None:
     """Serves until SIGTERM or SIGINT, drains, and returns. `on_end` is called last, however it ends."""
     allow_many_files()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it asks for a reload, and ends nobody who is not yet listening
     try:
-        create_server(config, sock).run(sockets=[sock])
+        create_server(config, sock, metrics).run(sockets=[sock] if metrics is None else [sock, metrics])
     finally:
         if on_end is not None:
             on_end()

@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -174,8 +173,7 @@ class Answer(Response, ABC):
 
     async def submit(self, requests: Sequence[Request]) -> None:
         """Raises ApiError when the worker does not take all of them; what it did take is then withdrawn."""
-        if self.visit.gone:
-            raise ClientDisconnect
+        self.visit.check()
         asked = [self.client.submit(request, choice) for request, choice in zip(requests, self.choices, strict=True)]
         decisions: list[Decision | BaseException]
         if len(asked) == 1:
@@ -187,7 +185,8 @@ class Answer(Response, ABC):
                 raise decision
             if isinstance(decision, Refuse):
                 raise refused_by(decision)
-        self.metrics.count_prompt(self.visit.model, self.visit.tier, self.prompt_tokens)
+        visit = self.visit
+        self.metrics.prompt_tokens.add(visit.model, visit.tier, visit.key.tenant, amount=self.prompt_tokens)
 
     @property
     def completion_tokens(self) -> int:

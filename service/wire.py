@@ -7,7 +7,7 @@ end and every answer that may have to wait stay ordinary ASGI.
 from __future__ import annotations
 
 import asyncio
-from typing import Protocol
+from typing import Any, Protocol
 
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -15,6 +15,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from service.errors import invalid
 
 EXTENSION = "headgate.wire"
+
+Address = tuple[str, int]  # host and port
 
 
 class Owner(Protocol):
@@ -27,11 +29,12 @@ class Owner(Protocol):
 class Wire:
     """A connection's transport and flow state. Requests of one connection are answered one at a time: one owner."""
 
-    __slots__ = ("flow", "is_whole", "owner", "transport")
+    __slots__ = ("flow", "is_for_metrics", "is_whole", "owner", "transport")
 
-    def __init__(self, transport: asyncio.Transport, flow: FlowControl) -> None:
+    def __init__(self, transport: asyncio.Transport, flow: FlowControl, is_for_metrics: bool = False) -> None:
         self.transport = transport
         self.flow = flow
+        self.is_for_metrics = is_for_metrics  # it came in where only metrics and probes are answered
         self.owner: Owner | None = None
         self.is_whole = False  # the last request that began to arrive is here to its end
 
@@ -40,14 +43,25 @@ class Wire:
             self.owner = None
 
 
+def is_at(server: tuple[str, int | None] | None, listener: Address | None) -> bool:
+    """Whether a connection's own end, `server`, belongs to a listener, which may listen on all addresses."""
+    if server is None or listener is None:
+        return False
+    return server[1] == listener[1] and listener[0] in (server[0], "0.0.0.0", "::")
+
+
 class OpenProtocol(HttpToolsProtocol):
     """uvicorn's own protocol, which puts a `Wire` into every scope and says at once when the client leaves."""
 
     wire: Wire
 
+    def __init__(self, *, metrics_at: Address | None = None, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._metrics_at = metrics_at
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.wire = Wire(transport, self.flow)
+        self.wire = Wire(transport, self.flow, is_at(self.server, self._metrics_at))
 
     def on_message_begin(self) -> None:
         super().on_message_begin()

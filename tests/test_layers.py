@@ -58,7 +58,10 @@ HEAVY = {
     "torch", "triton", "numpy", "safetensors", "huggingface_hub", "tokenizers", "transformers", "jinja2", "fastapi",
     "starlette", "pydantic", "uvicorn", "uvloop", "httpx", "redis", "prometheus_client", "service", "worker", "scheduler",
 }  # fmt: skip
-LIGHT = ("headgate.main", "headgate.__main__", "headgate.serve", "headgate.supervisor", "headgate.lifeline")
+LIGHT = (
+    *("headgate.main", "headgate.__main__", "headgate.serve", "headgate.supervisor", "headgate.lifeline"),
+    *("headgate.start", "headgate.child", "headgate.gateway", "headgate.worker", "headgate.secret_file"),
+)
 
 
 class Import(NamedTuple):

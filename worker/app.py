@@ -6,28 +6,33 @@
     GET    /model                 WorkerInfo, 503 until the engine is ready
     GET    /metrics /healthz /readyz
 
-On one machine it listens on a Unix socket; on loopback TCP it answers only the last line. Frames from the engine process are
-passed on unread.
+On one machine it listens on a Unix socket; on loopback TCP it answers only the last line. In a fleet it listens on TCP, and
+answers everything but the last line only to who knows the secret. Frames from the engine process are passed on unread.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import socket
 import sys
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
+from types import FrameType
 from typing import Any, cast
 
 import uvicorn
 
 from scheduler.messages import WorkerInfo, words_to_bytes
 from worker.config import WorkerConfig
+from worker.guard import METRICS_ONLY, Guard
 from worker.link import ALL, FRONT, Answer, Command, cut_answers, encode_command, link_pair
 from worker.metrics import WorkerCollector, render
 from worker.submission import FrontProtocol, Reply
 
+PROBE_SECONDS = 0.05  # between two looks at how late the event loop is
 STREAM_LIMIT_BYTES = 8 << 20  # that a gateway may lag behind before it is dropped
 
 Scope = MutableMapping[str, Any]
@@ -92,6 +97,7 @@ class EngineProcess(asyncio.Protocol):
             *(sys.executable, "-P", "-m", self.module, str(fd), self._config.encode()),  # -P: nothing from this folder
             pass_fds=(fd,),
             stdin=asyncio.subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the front, which ends it
         )
         engine.close()
         front.setblocking(False)
@@ -188,18 +194,19 @@ class EngineProcess(asyncio.Protocol):
 class Front:
     """The ASGI application."""
 
-    def __init__(self, engine: EngineProcess) -> None:
+    def __init__(self, engine: EngineProcess, guard: Guard) -> None:
         self.engine = engine
+        self.guard = guard
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
         path, method = scope["path"], scope["method"]
-        is_public = scope["server"] is not None and scope["server"][1] is not None  # TCP: a Unix socket has no port
+        refusal = self.guard.refusal(scope["server"], scope["headers"])
         if method == "GET" and path in ("/metrics", "/healthz", "/readyz"):
             await self._observe(path, send)
-        elif is_public:
-            await _answer(send, 404, b"only /metrics, /healthz and /readyz are served here")
+        elif refusal is not None:
+            await _answer(send, *refusal)
         elif method == "GET" and path == "/model":
             await self._model(send)
         elif method == "GET" and path == "/steps":
@@ -284,13 +291,27 @@ class FrontServer(uvicorn.Server):
         super().__init__(config)
         self.engine = engine
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Unlike uvicorn's, it does not raise the signal again at the end: who was told to end has ended well."""
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for stream in self.engine.streams.values():
             stream.close()
         await super().shutdown(sockets)
 
 
-async def serve(config: WorkerConfig, sockets: list[socket.socket]) -> int:
+async def watch_the_loop(engine: EngineProcess) -> None:
+    """Measures how late the event loop runs a timer, for ever."""
+    while True:
+        asked_at = time.monotonic()
+        await asyncio.sleep(PROBE_SECONDS)
+        if engine.collector is not None:
+            engine.collector.stalled(max(0.0, time.monotonic() - asked_at - PROBE_SECONDS))
+
+
+async def serve(config: WorkerConfig, sockets: list[socket.socket], guard: Guard) -> int:
     """Serves until SIGTERM or until the engine process dies. Returns the exit status."""
     status = 0
 
@@ -302,7 +323,7 @@ async def serve(config: WorkerConfig, sockets: list[socket.socket]) -> int:
 
     engine = EngineProcess(config, died)
     settings = uvicorn.Config(
-        Front(engine),
+        Front(engine, guard),
         http=FrontProtocol,
         proxy_headers=False,
         lifespan="off",
@@ -314,17 +335,19 @@ async def serve(config: WorkerConfig, sockets: list[socket.socket]) -> int:
     )
     server = FrontServer(settings, engine)
     await engine.start()
+    watcher = asyncio.create_task(watch_the_loop(engine))
     try:
         await server.serve(sockets=sockets)
     finally:
+        watcher.cancel()
         await engine.stop()
     return status
 
 
-def run(config: WorkerConfig, sockets: list[socket.socket]) -> int:
-    """The worker's front process. `sockets` are bound already: a Unix socket, and TCP for metrics."""
+def run(config: WorkerConfig, sockets: list[socket.socket], guard: Guard = METRICS_ONLY) -> int:
+    """The worker's front process. `sockets` are bound already: a Unix socket, and TCP; `guard` says who may use that."""
     try:
         import uvloop
     except ImportError:
-        return asyncio.run(serve(config, sockets))
-    return uvloop.run(serve(config, sockets))
+        return asyncio.run(serve(config, sockets, guard))
+    return uvloop.run(serve(config, sockets, guard))

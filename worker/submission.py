@@ -8,6 +8,8 @@ from typing import Protocol, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from worker.guard import Guard
+
 BODY_LIMIT_BYTES = 16 << 20
 SUBMIT = b"/requests?gateway="
 
@@ -17,22 +19,26 @@ Reply = Callable[[int, bytes], None]
 class Taker(Protocol):
     """The application, as far as this protocol knows it."""
 
+    guard: Guard
+
     def submit(self, gateway: bytes, body: bytes, reply: Reply) -> None:
         """Calls `reply` with a status and a body, once, now or later."""
         ...
 
 
 class FrontProtocol(HttpToolsProtocol):
-    """uvicorn's own for everything but POST /requests over a Unix socket."""
+    """uvicorn's own for everything but the POST /requests of who may."""
 
     _body: bytearray | None = None  # of the submission that is arriving
 
     def on_headers_complete(self) -> None:
-        is_local = self.server is None or self.server[1] is None  # a Unix socket has no port
-        if is_local and self.url.startswith(SUBMIT) and self.parser.get_method() == b"POST":
+        if self.url.startswith(SUBMIT) and self.parser.get_method() == b"POST" and self._may_come_in():
             self._body = bytearray()
         else:
             super().on_headers_complete()
+
+    def _may_come_in(self) -> bool:
+        return cast(Taker, self.config.app).guard.refusal(self.server, self.headers) is None
 
     def on_body(self, body: bytes) -> None:
         if self._body is None:

@@ -27,6 +27,9 @@ PATIENCE_SECONDS = 30.0
 READY = re.compile(r"headgate: ready: (\S+) at (http://\S+)/v1 \(metrics: \S+ and (http://\S+)/metrics\)")
 ROLES = {"gateway": b"\0gateway\0", "front": b"\0worker\0", "engine": b"\0worker.core\0"}
 
+# there is no package below tests/: what stands beside this file imports from it by this name
+sys.modules["e2e_conftest"] = sys.modules[__name__]
+
 # a device on which a step takes 3 ms whatever it carries, and a prompt of 20,000 tokens some seconds
 QUICK = {
     "name": "quick",
@@ -65,6 +68,7 @@ class Server:
 
     def __init__(self, *arguments: str, environ: dict[str, str] | None = None, wait: bool = True) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="hg-"))
+        self.data = self.folder.with_name(f"{self.folder.name}-data")
         self.output: list[str] = []
         clean = {name: value for name, value in os.environ.items() if not name.startswith("HEADGATE_")}
         self.process = subprocess.Popen(
@@ -73,7 +77,7 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**clean, "TMPDIR": str(self.folder), **(environ or {})},
+            env={**clean, "TMPDIR": str(self.folder), "HEADGATE_DATA": str(self.data), **(environ or {})},
             start_new_session=True,
         )
         self._reader = threading.Thread(target=self._read)
@@ -221,7 +225,8 @@ class Server:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._reader.join(PATIENCE_SECONDS)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for folder in (self.folder, self.data):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class Stream:

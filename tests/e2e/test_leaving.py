@@ -97,9 +97,7 @@ def test_before_its_body_has_arrived(server: Any, until: Callable[..., Any]) -> 
     before = cancelled(server)
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as sock:
-        head = (
-            "POST /v1/completions HTTP/1.1\r\nhost: h\r\ncontent-type: application/json\r\ncontent-length: 999\r\n\r\n{"
-        )
+        head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 999\r\n\r\n{"
         sock.sendall(head.encode())
         until(lambda: server.gateway_metrics().value("headgate_requests_open") == 1)
     until(lambda: cancelled(server) == before + 1)
@@ -128,7 +126,7 @@ def test_a_reader_that_never_reads_is_dropped_and_others_go_on(
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect((host, int(port)))
         content = json.dumps(server.body(ENDLESS, prompt=["Hello"] * 2, stream=True, service_tier="flex")).encode()
-        head = "POST /v1/completions HTTP/1.1\r\nhost: h\r\ncontent-type: application/json\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         sock.sendall(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
         until(lambda: dropped() == before + 1, "the reader was not dropped")
         until(lambda: server.worker("headgate_requests_ended_total", finish="cancelled") == ends + 2)

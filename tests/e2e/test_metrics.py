@@ -21,7 +21,9 @@ GATEWAY = {
     "headgate_retry_after_seconds": "histogram",
     "headgate_event_loop_stall_seconds": "histogram",
     "headgate_requests": "counter",
+    "headgate_refusals": "counter",
     "headgate_prompt_tokens": "counter",
+    "headgate_completion_tokens": "counter",
     "headgate_requests_open": "gauge",
     "headgate_build_info": "gauge",
 }
@@ -41,6 +43,11 @@ WORKER = {
     "headgate_arithmetic_intensity_flops_per_byte": "gauge",
     "headgate_flops": "counter",
     "headgate_limit_ratio": "gauge",
+    "headgate_limit_seconds": "counter",
+    "headgate_event_loop_stall_seconds": "histogram",
+    "headgate_tier_floor_utps": "gauge",
+    "headgate_tier_ttft_target_seconds": "gauge",
+    "headgate_utps_slowest": "gauge",
     "headgate_kv_cache_usage_ratio": "gauge",
     "headgate_kv_predicted_peak_ratio": "gauge",
     "headgate_admissions": "counter",
@@ -50,6 +57,7 @@ WORKER = {
     "headgate_request_queue_seconds": "histogram",
     "headgate_engine_time_to_first_token_seconds": "histogram",
     "headgate_tokens_per_step": "histogram",
+    "headgate_tenant_step_seconds": "counter",
     "headgate_preemptions": "counter",
     "headgate_measured_bandwidth_bytes_per_second": "gauge",
     "headgate_limit_bandwidth_bytes_per_second": "gauge",
@@ -58,7 +66,7 @@ WORKER = {
 CAUSES = {"weights", "kv", "compute", "comm", "phases", "host", "interference", "idle", "unexplained"}
 LABELS = {
     *("model", "worker", "tier", "le", "outcome", "cause", "decision", "reason", "finish"),
-    *("version", "component"),
+    *("version", "component", "tenant"),
     *("level", "dtype"),  # of memory; of products
 }
 
@@ -90,6 +98,7 @@ def test_a_known_request_moves_the_counters_by_exactly_what_it_cost(serve: Calla
     for name, expected in {
         "headgate_requests_total": 1,
         "headgate_prompt_tokens_total": 40,
+        "headgate_completion_tokens_total": output,
         "headgate_time_to_first_token_seconds_count": 1,
         "headgate_request_duration_seconds_count": 1,
     }.items():

@@ -37,7 +37,7 @@ async def ask(port: int, body: dict[str, Any]) -> Answer:
     """One request on a connection of its own, read to the end of the connection."""
     content = json.dumps(body).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = "POST /v1/completions HTTP/1.1\r\nhost: h\r\ncontent-type: application/json\r\nconnection: close\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nconnection: close\r\n"
     writer.write(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
     whole = await reader.read()
     writer.close()

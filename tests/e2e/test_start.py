@@ -81,7 +81,7 @@ def refused(*arguments: str) -> Refusal:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**clean, "TMPDIR": folder, "HF_HUB_OFFLINE": "1"},
+            env={**clean, "TMPDIR": folder, "HEADGATE_DATA": f"{folder}/none", "HF_HUB_OFFLINE": "1"},
         )
         try:
             answers = watched(process, port)

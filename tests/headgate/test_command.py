@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from headgate import serve
-from headgate.settings import read_settings
+from headgate.settings import data_folder, read_settings
 from headgate.supervisor import describe
 
+NO_KEYS = os.path.join(tempfile.gettempdir(), "headgate-of-nobody")  # a folder that is never made
 HEAVY = ("torch", "fastapi", "uvicorn", "numpy", "pydantic", "openai", "huggingface_hub")
 
 
@@ -26,7 +27,7 @@ def headgate(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str
         capture_output=True,
         text=True,
         timeout=60,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **environ},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HEADGATE_DATA": NO_KEYS, **environ},
     )
 
 
@@ -52,7 +53,8 @@ def test_without_a_verb_it_names_them(arguments: list[str]) -> None:
     done = headgate(*arguments)
     assert done.returncode == 0
     assert "usage: headgate VERB" in done.stdout and "\n  serve " in done.stdout
-    assert "gateway" not in done.stdout.split("usage:")[1]  # the internal ones are nobody's business
+    assert "\n  gateway " in done.stdout and "\n  worker " in done.stdout
+    assert "child" not in done.stdout.split("usage:")[1]  # the internal ones are nobody's business
 
 
 def test_an_unknown_verb_is_a_sentence_and_status_2() -> None:
@@ -88,13 +90,14 @@ def test_faults_are_one_message_on_stderr_and_status_2() -> None:
     assert sorted(fault.split(":")[0].strip() for fault in faults) == ["--context", "--port", "HEADGATE_TREADS"]
 
 
-@pytest.mark.parametrize("option", ["--port", "--metrics-port"])
+@pytest.mark.parametrize("option", ["--port", "--metrics-port", "--gateway-metrics"])
 def test_a_port_in_use_is_a_sentence_and_status_2(option: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        done = headgate("serve", "--engine", "simulated", "--port", "0", option, port)
+        value = f"127.0.0.1:{port}" if option == "--gateway-metrics" else port
+        done = headgate("serve", "--engine", "simulated", "--port", "0", option, value)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"headgate: cannot listen on 127.0.0.1:{port} (")
     assert done.stderr.endswith(f"; choose another {option}\n")
@@ -155,10 +158,62 @@ def test_a_worker_that_cannot_start_ends_the_command_with_its_sentence_and_statu
     assert left == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["gateway"], "--workers: say where they are, as HOST:PORT"),
+        (
+            ["gateway", "--workers", "127.0.0.1:9,gpu-1:9"],
+            "--workers gpu-1:9: beyond this machine a worker wants a secret",
+        ),
+        (["gateway", "--workers", "[::1]:9", "--host", "0.0.0.0"], "--host 0.0.0.0: anybody who reaches this address"),
+        (
+            ["gateway", "--workers", "127.0.0.1:9", "--host", "0.0.0.0", "--published", "192.0.2.7"],
+            "--published 192.0.2.7",
+        ),
+        (["gateway", "--workers", "127.0.0.1:9", "--secret-file", "/dev/null/no"], "--secret-file /dev/null/no: can"),
+        (["worker", "--listen", "0.0.0.0:0"], "--listen 0.0.0.0:0: beyond this machine only gateways may come"),
+        (["worker", "--engine", "simulated", "--model", "gpt-9"], "the simulated engine knows no model gpt-9"),
+    ],
+)
+def test_parts_of_a_fleet_that_cannot_start_say_why_and_end_with_status_2(arguments: list[str], sentence: str) -> None:
+    done = headgate(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert sentence in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("verb", ["gateway", "worker"])
+def test_an_address_in_use_is_a_sentence_and_status_2(verb: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        arguments = {
+            "gateway": ["--workers", "127.0.0.1:9", "--port", str(port)],
+            "worker": ["--engine", "simulated", "--listen", f"127.0.0.1:{port}"],
+        }[verb]
+        done = headgate(verb, *arguments)
+    assert done.returncode == 2 and f"cannot listen on 127.0.0.1:{port} (" in done.stderr
+
+
+def test_a_clients_key_in_the_environment_is_no_option() -> None:
+    done = headgate("serve", "--threads", "many", HEADGATE_API_KEY="hg-x-y")
+    assert "--threads" in done.stderr and "HEADGATE_API_KEY" not in done.stderr
+
+
+def test_what_must_last_lies_where_the_desktop_wants_it_unless_told() -> None:
+    def folder(*arguments: str, **environ: str) -> str:
+        return data_folder(read_settings("serve", arguments, {}), environ)
+
+    assert folder("--data", "/keys", XDG_DATA_HOME="/x") == "/keys"
+    assert folder(XDG_DATA_HOME="/x") == "/x/headgate"
+    assert folder() == os.path.expanduser("~/.local/share/headgate")
+
+
 def test_bound_sockets_are_listening_and_on_loopback(tmp_path: Path) -> None:
     settings = read_settings("serve", ["--port", "0", "--engine", "simulated"], {})
     sockets = serve.bind(settings, tmp_path)
-    for listener in (sockets.api, sockets.metrics):
+    for listener in (sockets.api, sockets.gateway_metrics, sockets.metrics):
         with listener:
             assert listener.getsockname()[0] == "127.0.0.1"
             socket.create_connection(listener.getsockname(), timeout=5).close()

@@ -17,6 +17,7 @@ from scheduler.ledger import Ledger
 from scheduler.messages import Request
 from scheduler.model import SHAPES
 from scheduler.roofline import StepWork
+from scheduler.tenants import MOST_NAMES, TenantLabels
 from scheduler.tiers import Tier, default_tiers
 
 # --- ledger -----------------------------------------------------------------------------------------------------------
@@ -191,6 +192,26 @@ def test_tenants_that_are_gone_are_forgotten_in_time() -> None:
         account.charge(f"t{number}", 1.0)
         account.leave(f"t{number}")
     assert len(account._seconds) <= MOST_TENANTS + 3
+
+
+def test_what_is_charged_is_told_once_also_of_who_has_left() -> None:
+    account = Account()
+    account.enter("a")
+    account.charge("a", 1.0)
+    account.charge("a", 2.0)
+    account.leave("a")
+    account.enter("b")
+    account.charge("b", 4.0)
+    assert account.take_charged() == {"a": 3.0, "b": 4.0}
+    assert account.take_charged() == {}
+
+
+def test_tenants_have_a_bounded_number_of_labels_that_they_keep() -> None:
+    labels = TenantLabels(["zebra", "ant"])
+    names = [f"t{number}" for number in range(MOST_NAMES)]
+    assert [labels.of(name) for name in names] == [*names[:-2], "other", "other"]
+    assert [labels.of(name) for name in ("zebra", "ant", "t0", names[-1])] == ["zebra", "ant", "t0", "other"]
+    assert TenantLabels(f"{number:03}" for number in range(300, 0, -1)).of("100") == "100", "the first by name"
 
 
 @given(st.lists(st.tuples(st.sampled_from(["enter", "leave", "charge"]), st.sampled_from("abcd"), st.floats(0, 9))))

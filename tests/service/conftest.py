@@ -22,7 +22,7 @@ for _name in ("scripted_worker", "gateway_under_test"):
     sys.modules[_name] = importlib.util.module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules[_name])
 
-from gateway_under_test import MODEL, TEMPLATE, Gateway, Ids, build_tokenizer  # noqa: E402
+from gateway_under_test import MODEL, TEMPLATE, Cabinet, Gateway, Ids, build_tokenizer  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -66,6 +66,13 @@ def gateway(shared_gateway: Gateway) -> Iterator[Gateway]:
     shared_gateway.worker.reset()
     yield shared_gateway
     shared_gateway.wait_until(lambda: shared_gateway.metric("headgate_requests_open") == 0)
+
+
+@pytest.fixture
+def cabinet(tmp_path: Path) -> Iterator[Cabinet]:
+    cabinet = Cabinet(tmp_path / "data")
+    yield cabinet
+    cabinet.close()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from scheduler.messages import WorkerInfo
 from service.config import GatewayConfig
 from service.detokenize import byte_alphabet
+from service.keys import Key, digest_of, id_of, mint
 from service.server import create_server
+from service.store import KEYS, PEPPER, SqliteObjects, make_secret
 
 MODEL = "acme/tiny-chat"
 TEMPLATE = (
@@ -85,30 +88,75 @@ def join_deltas(events: Iterable[str]) -> str:
     return "".join(choice["delta"].get("content", "") for chunk in chunks for choice in chunk["choices"])
 
 
-def raw_post(path: str, body: dict[str, Any]) -> bytes:
+def raw_post(path: str, body: dict[str, Any], key: str = "none") -> bytes:
     """A whole HTTP request, for a socket."""
     content = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: gateway\r\ncontent-type: application/json\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    head += f"authorization: Bearer {key}\r\n"
     return head.encode() + f"content-length: {len(content)}\r\n\r\n".encode() + content
+
+
+class Cabinet:
+    """A folder with keys, written as the command writes them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+        self._objects = SqliteObjects(folder)
+
+    def make(self, **fields: Any) -> str:
+        """A key that is there from now on: acme's, where nothing else is said."""
+        id, secret = mint()
+        digest = digest_of(secret, make_secret(Path(self.folder) / PEPPER))
+        self.put(Key(**{"id": id, "tenant": "acme", "digest": digest, "created_at": time.time(), **fields}))
+        return secret
+
+    def put(self, key: Key) -> None:
+        self._objects.put(KEYS, key.id, key.encode())
+
+    def change(self, secret: str, **fields: Any) -> None:
+        text = self._objects.get(KEYS, id_of(secret))
+        assert text is not None
+        self.put(replace(Key.decode(text), **fields))
+
+    def revoke(self, secret: str) -> None:
+        self.change(secret, revoked_at=time.time())
+
+    def rotate(self, secret: str) -> str:
+        """The new secret; the old one is good no more."""
+        _, new = mint(id_of(secret))
+        self.change(secret, digest=digest_of(new, make_secret(Path(self.folder) / PEPPER)))
+        return new
+
+    def close(self) -> None:
+        self._objects.close()
 
 
 class Gateway:
     """A running gateway, and the worker behind it."""
 
     def __init__(
-        self, directory: Path, worker_info: WorkerInfo, start_worker: bool = True, wait: bool = True, **settings: Any
+        self,
+        directory: Path,
+        worker_info: WorkerInfo,
+        start_worker: bool = True,
+        wait: bool = True,
+        has_metrics_socket: bool = False,
+        **settings: Any,
     ) -> None:
         self.worker = ScriptedWorker(str(directory / "worker.sock"), worker_info)
         if start_worker:
             self.worker.start()
         self._started_worker = start_worker
-        self.sock = socket.socket()
-        self.sock.bind(("127.0.0.1", 0))
-        self.port = self.sock.getsockname()[1]
+        sockets = [socket.socket() for _ in range(1 + has_metrics_socket)]
+        for sock in sockets:
+            sock.bind(("127.0.0.1", 0))
+        self.port = sockets[0].getsockname()[1]
+        self.metrics_url = f"http://127.0.0.1:{sockets[-1].getsockname()[1]}"
         self.url = f"http://127.0.0.1:{self.port}"
         self.http = httpx.Client(base_url=self.url, timeout=PATIENCE_SECONDS)
-        self.server = create_server(GatewayConfig(workers=(self.worker.path,), version="1.2.3", **settings), self.sock)
-        self._thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.sock]})
+        config = GatewayConfig(workers=(self.worker.path,), version="1.2.3", **settings)
+        self.server = create_server(config, *sockets)
+        self._thread = threading.Thread(target=self.server.run, kwargs={"sockets": sockets})
         self._thread.start()
         self.sdk = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_SECONDS)
         self.wait_until(lambda: self.server.started)
@@ -143,7 +191,7 @@ class Gateway:
         return [json.loads(chunk) for chunk in chunks]
 
     @contextmanager
-    def stream(self, path: str = "/v1/chat/completions", **fields: Any) -> Iterator[Iterator[str]]:
+    def stream(self, path: str = "/v1/chat/completions", key: str = "none", **fields: Any) -> Iterator[Iterator[str]]:
         """A stream read event by event; comments are passed over. Leaving it early hangs up."""
         body = {
             "model": MODEL,
@@ -154,7 +202,7 @@ class Gateway:
         }
         sock = self.connect()
         with sock, sock.makefile("rb") as lines:
-            sock.sendall(raw_post(path, body))
+            sock.sendall(raw_post(path, body, key))
             yield read_events(lines)
 
     def become(self, port: int) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+import sys
 
 import pytest
 
+import service.client
 from scheduler.messages import (
     Accept,
     Finish,
@@ -28,6 +31,7 @@ from service.client import (
     has_failure,
     merge,
 )
+from service.exchange import Connection, Pool, connect, notice_silence
 
 
 class Ear:
@@ -77,6 +81,22 @@ def test_ids_wrap_past_those_that_are_open():
     client._last_id = 0xFFFFFFFE
     client._open[1] = Ear()
     assert [client.next_id(), client.next_id(), client.next_id()] == [0xFFFFFFFF, 2, 3]
+
+
+def test_clients_of_one_gateway_never_take_the_same_id():
+    async def ids_of_three():
+        clients = [
+            WorkerClient("/nowhere", 7, nothing, connections=1, submit_seconds=1.0, first_id=first, id_step=3)
+            for first in (1, 2, 3)
+        ]
+        ids = [client.next_id() for _ in range(5) for client in clients]
+        for client in clients:
+            client._last_id += (0xFFFFFFFF - client._last_id) // 3 * 3  # the last of its own
+        return ids, [client._last_id for client in clients], [client.next_id() for client in clients]
+
+    ids, last, wrapped = asyncio.run(ids_of_three())
+    assert ids == list(range(1, 16))
+    assert sorted(last) == [0xFFFFFFFD, 0xFFFFFFFE, 0xFFFFFFFF] and wrapped == [1, 2, 3]
 
 
 async def as_coroutine(make):
@@ -327,3 +347,163 @@ def test_a_fault_is_forgotten_with_the_worker_that_had_it(tmp_path):
         assert not client.fault
 
     asyncio.run(follow())
+
+
+# --- connections ------------------------------------------------------------------------------------------------------
+
+
+class Listener:
+    """Accepts on TCP, and answers every request as it is told."""
+
+    def __init__(self, host, answers=()):
+        self.host = host
+        self.answers = list(answers)
+        self.heads = []
+        self._connections = {}
+
+    async def __aenter__(self):
+        self.server = await asyncio.start_server(self._serve, self.host, 0)
+        self.port = self.server.sockets[0].getsockname()[1]
+        return self
+
+    async def _serve(self, reader, writer):
+        self._connections[asyncio.current_task()] = writer
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                self.heads.append((await reader.readuntil(b"\r\n\r\n")).decode())
+                status = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+                writer.write(f"HTTP/1.1 {status} X\r\ncontent-length: 0\r\n\r\n".encode())
+        writer.close()
+
+    async def __aexit__(self, *_):
+        self.server.close()
+        for writer in self._connections.values():
+            writer.close()
+        await asyncio.gather(*self._connections)
+
+
+@pytest.mark.parametrize(
+    ("host", "address"), [("127.0.0.1", "127.0.0.1"), ("127.0.0.1", "localhost"), ("::1", "[::1]")]
+)
+def test_a_worker_is_reached_by_address_or_name(host, address):
+    async def ask():
+        async with Listener(host, [204]) as listener:
+            pool = Pool(f"{address}:{listener.port}", "s" * 32, 1)
+            answer = await pool.exchange("GET", "/model")
+            pool.close()
+            return answer, listener.heads
+
+    try:
+        (status, _), (head,) = asyncio.run(ask())
+    except OSError:
+        if host == "::1" and not socket.has_dualstack_ipv6():
+            pytest.skip("no IPv6 here")
+        raise
+    assert status == 204
+    assert f"authorization: Bearer {'s' * 32}" in head.split("\r\n")
+
+
+def test_a_name_is_looked_up_for_every_new_connection(monkeypatch):
+    """A container that is started again may have another address."""
+
+    async def ask():
+        asked = []
+        loop = asyncio.get_running_loop()
+        real = loop.getaddrinfo
+
+        async def getaddrinfo(host, *more, **fields):
+            asked.append(host)
+            return await real("127.0.0.1", *more, **fields)
+
+        monkeypatch.setattr(loop, "getaddrinfo", getaddrinfo)
+        async with Listener("127.0.0.1", [200]) as listener:
+            pool = Pool(f"worker.test:{listener.port}", "", 1)
+            await pool.exchange("GET", "/model")
+            await pool.exchange("GET", "/model")
+            pool.close()
+            await pool.exchange("GET", "/model")
+            pool.close()
+        return asked
+
+    assert asyncio.run(ask()) == ["worker.test", "worker.test"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other names for these options")
+def test_both_sides_of_a_connection_notice_a_machine_that_has_vanished():
+    def options(sock):
+        names = ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT")
+        kept = sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        return kept, *(sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in names)
+
+    async def connect_here():
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            notice_silence(listener)
+            connection = await connect(Connection, f"127.0.0.1:{listener.getsockname()[1]}")
+            accepted, _ = listener.accept()
+            with accepted:
+                both = options(connection._transport.get_extra_info("socket")), options(accepted)
+            connection.close()
+            return both
+
+    assert set(asyncio.run(connect_here())) == {(1, 5, 5, 3, 20_000)}
+
+
+@pytest.mark.parametrize(("status", "lines"), [(None, 1), (503, 0)])
+def test_an_address_where_nobody_is_yet_is_told_once_and_a_worker_that_loads_never(monkeypatch, caplog, status, lines):
+    monkeypatch.setattr(service.client, "LAST_BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr(service.client, "FIRST_BACKOFF_SECONDS", 0.001)
+    caplog.set_level("INFO", "service.client")
+    tries = []
+
+    async def ask():
+        async with Listener("127.0.0.1", [status or 503]) as listener:
+            if status is None:
+                listener.server.close()
+            client = WorkerClient(f"127.0.0.1:{listener.port}", 7, nothing, connections=1, submit_seconds=1.0)
+            follow = client._follow
+
+            async def counted():
+                tries.append(None)
+                await follow()
+
+            monkeypatch.setattr(client, "_follow", counted)
+            running = asyncio.create_task(client.run())
+            async with asyncio.timeout(10):
+                while len(tries) < 5:  # noqa: ASYNC110 (said by other tasks)
+                    await asyncio.sleep(0.001)
+            running.cancel()
+            client.close()
+            return client.absence
+
+    assert asyncio.run(ask())
+    assert len(caplog.messages) == lines
+
+
+@pytest.mark.parametrize(
+    ("secret", "status", "fault"),
+    [
+        ("s" * 32, 401, "it does not take this gateway's secret"),
+        ("", 401, "it wants a secret"),
+        ("", 404, "no worker for gateways is there: /model answered 404"),
+    ],
+)
+def test_a_worker_that_lets_nobody_in_is_asked_again_and_complained_about_once(
+    monkeypatch, caplog, secret, status, fault
+):
+    monkeypatch.setattr(service.client, "LAST_BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr(service.client, "FIRST_BACKOFF_SECONDS", 0.001)
+
+    async def ask():
+        async with Listener("127.0.0.1", [status]) as listener:
+            address = f"127.0.0.1:{listener.port}"
+            client = WorkerClient(address, 7, nothing, connections=1, submit_seconds=1.0, secret=secret)
+            running = asyncio.create_task(client.run())
+            async with asyncio.timeout(10):
+                while len(listener.heads) < 5:  # noqa: ASYNC110 (said by other tasks)
+                    await asyncio.sleep(0.001)
+            running.cancel()
+            client.close()
+            return client.fault
+
+    assert asyncio.run(ask()) == fault
+    assert caplog.text.count(fault) == 1

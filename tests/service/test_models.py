@@ -26,7 +26,8 @@ def test_model_with_a_slash_in_its_id(gateway):
 def test_ready_only_when_a_token_can_be_generated(gateways):
     gateway = gateways()
     assert gateway.http.get("/healthz").json() == {"status": "ok"}
-    assert gateway.http.get("/readyz").status_code == 200
+    ready = gateway.http.get("/readyz")
+    assert (ready.status_code, ready.json()) == (200, {"status": "ready", "models": ["acme/tiny-chat"]})
     gateway.worker.stalled_seconds = 31.0
     gateway.wait_until(lambda: gateway.http.get("/readyz").status_code == 503)
     assert "has not ended for 31 s" in gateway.http.get("/readyz").json()["error"]["message"]

@@ -31,6 +31,7 @@ from scheduler.messages import (
 from worker.app import EngineProcess, StepStream, serve
 from worker.config import WorkerConfig
 from worker.core import Core
+from worker.guard import METRICS_ONLY, Guard, guard_with
 from worker.link import Answer, EngineLink, LinkClosed, encode_answer, encode_json_answer, link_pair
 
 PATIENCE_SECONDS = 20.0
@@ -68,7 +69,8 @@ class ThreadEngine(EngineProcess):
 class Front:
     """A front that serves, in a thread with a loop of its own."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, built: Any) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, built: Any, guard: Guard = METRICS_ONLY) -> None:
+        self.guard = guard
         self.kind = type("BuiltEngine", (ThreadEngine,), {"built": built})
         self.engines: list[ThreadEngine] = []
         monkeypatch.setattr(worker.app, "EngineProcess", self._make)
@@ -94,7 +96,7 @@ class Front:
         return self.engines[-1]
 
     def _run(self) -> None:
-        self.status = asyncio.run(serve(WorkerConfig(), self.sockets))
+        self.status = asyncio.run(serve(WorkerConfig(), self.sockets, self.guard))
 
     @property
     def gate(self) -> Any:
@@ -297,6 +299,74 @@ def test_the_public_port_answers_only_probes_and_metrics(front: Front) -> None:
         assert public.delete("/requests/7/1").status_code == 404
 
 
+SECRET = "not-guessed-by-anybody-0123456789"
+GUARDED = [("GET", "/model"), ("GET", "/steps?gateway=7"), ("POST", "/requests?gateway=7"), ("DELETE", "/requests/7/1")]
+
+
+@pytest.fixture
+def far_front(monkeypatch: pytest.MonkeyPatch, engine: Any, tools: Any) -> Iterator[Callable[[str], Front]]:
+    """Makes fronts with this secret."""
+    made: list[Front] = []
+
+    def make(secret: str) -> Front:
+        made.append(Front(monkeypatch, tools.build_with(engine, sequences=2), guard_with(secret)))
+        tools.wait_until(lambda: made[-1].http.get("/readyz").status_code == 200)
+        return made[-1]
+
+    yield make
+    engine.may_go.set()
+    for front in made:
+        front.close()
+
+
+def over_tcp(front: Front, **headers: str) -> httpx.Client:
+    return httpx.Client(base_url=f"http://127.0.0.1:{front.port}", timeout=PATIENCE_SECONDS, headers=headers)
+
+
+@pytest.mark.parametrize("header", ["", "Bearer", f"Bearer {SECRET[:-1]}", f"bearer {SECRET}", SECRET])
+def test_over_tcp_nothing_but_metrics_and_probes_without_the_secret(
+    far_front: Callable[[str], Front], tools: Any, header: str
+) -> None:
+    front = far_front(SECRET)
+    body = tools.request(1).encode()
+    with over_tcp(front, **({"authorization": header} if header else {})) as stranger, front.steps(7):
+        for method, path in GUARDED:
+            answer = stranger.request(method, path, content=body if method == "POST" else None)
+            assert answer.status_code == 401, (method, path)
+            assert SECRET not in answer.text
+        for path in ("/metrics", "/healthz", "/readyz"):
+            assert stranger.get(path).status_code == 200
+    assert not front.gate.running and not front.gate.waiting
+
+
+def test_over_tcp_a_gateway_with_the_secret_gets_its_tokens(far_front: Callable[[str], Front], tools: Any) -> None:
+    front = far_front(SECRET)
+    with over_tcp(front, authorization=f"Bearer {SECRET}") as gateway:
+        assert gateway.get("/model").status_code == 200
+        with gateway.stream("GET", "/steps?gateway=7") as response:
+            steps = Steps(response)
+            asked = tools.request(1, prompt=(10,), max_tokens=3)
+            answer = gateway.post("/requests?gateway=7", content=asked.encode())
+            assert isinstance(decode_decision(answer.content), Accept)
+            steps.read_until(lambda: steps.finish(1))
+            assert steps.tokens(1) == [11, 12, 13]
+        assert gateway.delete("/requests/7/1").status_code == 204
+
+
+def test_the_unix_socket_of_a_worker_with_a_secret_needs_none(far_front: Callable[[str], Front]) -> None:
+    assert far_front(SECRET).http.get("/model").status_code == 200
+
+
+def test_without_a_secret_gateways_of_this_machine_come_in_and_web_pages_do_not(
+    far_front: Callable[[str], Front],
+) -> None:
+    front = far_front("")
+    with over_tcp(front, host="worker") as gateway, over_tcp(front) as page:
+        assert gateway.get("/model").status_code == 200
+        for method, path in GUARDED:
+            assert page.request(method, path).status_code == 401
+
+
 def test_a_gateway_that_lags_too_far_is_forgotten_although_it_takes_no_byte(
     front: Front, tools: Any, engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -390,11 +460,15 @@ def test_before_the_engine_is_ready_everything_says_so(
         front.close()
 
 
+def generated(front: Front) -> list[str]:
+    """The values of all samples that count tokens."""
+    lines = front.http.get("/metrics").text.splitlines()
+    return [line.rsplit(" ", 1)[1] for line in lines if line.startswith("headgate_generation_tokens_total{")]
+
+
 def test_metrics_are_rendered_from_what_the_engine_process_told(front: Front, tools: Any) -> None:
     with front.steps() as steps:
         front.submit(tools.request(1, max_tokens=3))
         steps.read_until(lambda: steps.finish(1))
-        tools.wait_until(lambda: 'headgate_generation_tokens_total{model="tiny"' in front.http.get("/metrics").text)
-    lines = [line for line in front.http.get("/metrics").text.splitlines() if line.startswith("headgate_generation")]
-    assert [line.rsplit(" ", 1)[1] for line in lines] == ["3.0"]
+        tools.wait_until(lambda: generated(front) == ["3.0"])
     assert json.loads(front.http.get("/model").content)["model"] == "tiny"
