@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +44,10 @@ def parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> None:
     from worker.files import find_model, has_random_weights
-    from worker.native.quantizing import new_folder, quantize  # torch takes more than a second to import
+    from worker.native.topology import wait_passively
+
+    wait_passively(os.environ)  # before torch, which takes more than a second to import
+    from worker.native.quantizing import new_folder, quantize
 
     model = find_model(options.model, say)
     if has_random_weights(model):

@@ -115,8 +115,11 @@ def is_gguf(path: Path) -> bool:
         return False
     if path.suffix.lower() == ".gguf":
         return True
-    with path.open("rb") as opened:
-        return opened.read(len(MAGIC)) == MAGIC
+    try:
+        with path.open("rb") as opened:
+            return opened.read(len(MAGIC)) == MAGIC
+    except OSError:  # whoever needs it will hear why
+        return False
 
 
 def read_gguf(path: Path) -> GgufFile:

@@ -36,6 +36,15 @@ TEXT = (DEMO / "README.md").read_text("utf-8")
 RECIPES = [Recipe("int8"), Recipe("int4"), Recipe("int4", 128), Recipe("fp8"), Recipe("int8", 128, torch.float16)]
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two that wait for each other on a busy machine take twenty times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def work() -> Iterator[Work]:
     with open_checkpoint(DEMO, CONFIG) as checkpoint:

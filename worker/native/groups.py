@@ -11,7 +11,7 @@ GROUP = 32  # numbers
 SEARCH_STEPS = 3  # ranges that are tried for a group of 4 bits …
 SHRINK = 0.05  # … each by so much narrower at both ends
 LEAST = 1e-30  # instead of a division by zero
-SLAB_NUMBERS = 1 << 22  # that are searched through at a time
+SLAB_NUMBERS = 1 << 18  # that are searched through at a time: what a cache holds
 
 
 @dataclass(frozen=True, slots=True)

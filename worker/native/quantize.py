@@ -26,7 +26,7 @@ from worker.native.loader import DTYPES, floats, tensor_shapes
 FP8 = torch.float8_e4m3fn
 FP8_MOST = 448.0  # the largest number of float8
 SHARD_BYTES = 2 << 30
-SLAB_NUMBERS = 1 << 22  # that are searched through at a time
+SLAB_NUMBERS = 1 << 18  # that are searched through at a time: what a cache holds
 SHRINK = 0.04  # of the range of a group of 4 bits, from one that is tried to the next
 LINEAR = "_proj.weight"  # how their names end
 Parts = dict[str, Tensor]  # by the last part of their names
