@@ -128,6 +128,11 @@ def read_gguf(path: Path) -> GgufFile:
     return _read(path, seen.st_size, seen.st_mtime_ns)
 
 
+def forget() -> None:
+    """Frees what was read last: a vocabulary takes some tens of MB."""
+    _read.cache_clear()
+
+
 @lru_cache(maxsize=1)  # config, tokenizer and weights are read one after another
 def _read(path: Path, size: int, changed: int) -> GgufFile:
     with path.open("rb") as opened:

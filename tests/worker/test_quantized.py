@@ -269,6 +269,16 @@ def test_a_module_of_its_own_may_have_a_scheme_of_its_own(tmp_path: Path) -> Non
     assert torch.equal(weights.layers[1].o.weight, plain["model.layers.1.self_attn.o_proj.weight"])
 
 
+def test_a_bias_of_zeros_that_no_config_asks_for_is_passed_over_and_another_is_not(tmp_path: Path) -> None:
+    config = DecoderConfig.from_dict(CONFIG)
+    changed("gptq 4", with_part("bias", torch.zeros(64)), tmp_path)
+    with open_checkpoint(tmp_path, config) as checkpoint:
+        load_weights(checkpoint, config, CPU, torch.float32)
+    changed("gptq 4", with_part("bias", torch.ones(64)), tmp_path)
+    with open_checkpoint(tmp_path, config) as checkpoint, pytest.raises(ValueError, match=f"unexpected: {Q}.bias"):
+        load_weights(checkpoint, config, CPU, torch.float32)
+
+
 # --- what does not fit ------------------------------------------------------------------------------------------------
 
 

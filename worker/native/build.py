@@ -11,6 +11,7 @@ import torch
 
 from scheduler.hardware import Device
 from scheduler.model import ModelShape
+from worker import gguf
 from worker.config import WorkerConfig
 from worker.files import read_config
 from worker.native.config import DecoderConfig
@@ -43,6 +44,7 @@ def load(model: Path, name: str, config: WorkerConfig) -> Native:
     plan = plan_memory(decoder, stored_dtype, name, config)
     _settle(plan, config.threads)
     engine = NativeEngine.load(model, plan.device, plan.dtype, plan.kv_cache_bytes, config.threads or None, plan.packs)
+    gguf.forget()
     shape = decoder.model_shape(name, engine.dtype)
     began = time.monotonic()
     device = measure_machine(engine.device, engine.dtype, engine.weights)

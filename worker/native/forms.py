@@ -21,4 +21,4 @@ def open_checkpoint(model: Path, config: DecoderConfig) -> Checkpoint:
     if has_random_weights(model):
         return RandomCheckpoint(config)
     quantization = read_quantization(read_config(model))
-    return QuantizedCheckpoint(model, quantization) if quantization else Checkpoint(model)
+    return QuantizedCheckpoint(model, quantization, config) if quantization else Checkpoint(model)

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from worker.amounts import in_bytes
 from worker.native.checkpoint import Checkpoint
+from worker.native.config import DecoderConfig
 from worker.native.groups import GROUP, Groups
+from worker.native.loader import tensor_shapes
 from worker.native.quantization import Quantization, Scheme
 
 GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -62,20 +64,27 @@ class Stored:
 class QuantizedCheckpoint(Checkpoint):
     """As `Checkpoint`, with whole matrices for the parts in the files. Raises ValueError where they do not fit together."""
 
-    def __init__(self, folder: Path, quantization: Quantization) -> None:
+    def __init__(self, folder: Path, quantization: Quantization, config: DecoderConfig) -> None:
         super().__init__(folder)
         self.quantization = quantization
         self._parts_of: dict[str, dict[str, str]] = {}  # of a matrix: part -> tensor
         for module in self._modules():
             self._parts_of[f"{module}.weight"] = self._parts(module)
         taken = {tensor for parts in self._parts_of.values() for tensor in parts.values()}
+        wanted = tensor_shapes(config)
         plain = {
             name: shape
             for name, shape in self.shapes.items()
-            if name not in taken and name.rpartition(".")[2] not in IGNORED
+            if name not in taken and (name in wanted or not self._says_nothing(name))
         }
-        self._stored_shapes = self.shapes
         self.shapes = plain | {name: self._checked_shape(name) for name in self._parts_of}
+
+    def _says_nothing(self, name: str) -> bool:
+        """Of activations; or a bias of zeros, which older GPTQ tools gave to every matrix."""
+        module, _, part = name.rpartition(".")
+        if part == "bias" and f"{module}.weight" in self._parts_of:
+            return not bool(self._tensor(name).any())
+        return part in IGNORED
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor | Groups:
         if name not in self._parts_of:
