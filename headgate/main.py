@@ -10,6 +10,7 @@ VERBS = {
     "gateway": "serve the API in front of workers that run elsewhere",
     "worker": "run a model for gateways that run elsewhere",
     "keys": "make, list, revoke and rotate API keys",
+    "quantize": "make a checkpoint of fewer bits from a model, and tell what that costs",
 }
 INTERNAL = ("child",)  # the processes that `serve` starts
 

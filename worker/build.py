@@ -93,6 +93,8 @@ def _build_native(config: WorkerConfig) -> Built:
         f"loaded in {time.monotonic() - began:.1f} s: {in_millions(engine.parameters)} parameters, "
         f"{in_bytes(engine.weight_bytes)}{copies} in {engine.dtype} on {engine.device}{native.threads_note}"
     )
+    if native.stored_form:
+        stage(f"read from {native.stored_form}; held in {engine.dtype}, {in_bytes(engine.weight_bytes)}{copies}")
     shape = native.shape
     limits = _limits(config, shape)
     usual = Sampling(
@@ -113,7 +115,9 @@ def own_name(config: WorkerConfig, model: Path) -> str:
         path = Path(os.path.abspath(model))  # a name for `.`, and no link is followed
         return path.parent.name if path.name == "config.json" else path.stem
     named = Path(config.model).expanduser()
-    return os.path.basename(os.path.abspath(named)) if model == named else config.model
+    if model != named:
+        return config.model
+    return model.stem if model.is_file() else os.path.basename(os.path.abspath(named))
 
 
 def _assemble(

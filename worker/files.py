@@ -1,4 +1,4 @@
-"""Where a model is: one that ships, a folder, a hub model, or a config alone, whose weights are then random."""
+"""Where a model is: one that ships, a folder, a GGUF file, a hub model, or a config alone, whose weights are then random."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from worker.gguf import is_gguf, read_gguf
+from worker.gguf_config import config_of
 from worker.hub import HubName, from_hub
 
 DEMO = "headgate-demo"
@@ -32,7 +34,7 @@ class ModelNotFound(Exception):
 
 
 def find_model(name: str, say: Callable[[str], None] = print) -> Path:
-    """The folder of a model, or the config.json of one that ships without weights (see `has_random_weights`).
+    """The folder of a model, its GGUF file, or the config.json of one that ships without weights (`has_random_weights`).
 
     A hub model is downloaded where needed; `say` is told when that is not possible and the cache has it.
     Raises ModelNotFound with a sentence that says what was looked for.
@@ -56,19 +58,26 @@ def find_local_model(name: str) -> Path | None:
     if name in shipped_models():
         return SHIPPED / name if has_weights(SHIPPED / name) else SHIPPED / name / "config.json"
     path = Path(name).expanduser()
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or is_gguf(path):
         return path
     if path.exists():
-        raise ModelNotFound(
-            f"{name} has no config.json; a folder with a checkpoint in Hugging Face form is needed"
-            + (" (--random-weights serves a config without weights)" if path.is_file() else "")
-        )
+        raise ModelNotFound(f"{name} {_what_it_lacks(path)}")
     if HubName.parse(name) is None:
         raise ModelNotFound(
             f"there is no folder {name}, and it is not the name of a hub model (OWNER/NAME) nor of one that ships "
             f"({', '.join(shipped_models())})"
         )
     return None
+
+
+def _what_it_lacks(path: Path) -> str:
+    """To be served from."""
+    if path.is_file():
+        return "is neither a folder nor a GGUF file (--random-weights serves a config without weights)"
+    files = sorted(file.name for file in path.glob("*.gguf"))
+    if files:
+        return f"has no config.json, but {files[0]}: name that file itself"
+    return "has no config.json; a folder with a checkpoint in Hugging Face form, or a GGUF file, is needed"
 
 
 def find_config(name: str) -> Path:
@@ -95,12 +104,14 @@ def _lacks(folder: Path) -> str:
 
 
 def has_random_weights(model: Path) -> bool:
-    """A model is a folder with a checkpoint. Where it is a config's file instead, its weights are made up."""
-    return model.is_file()
+    """A model is a folder with a checkpoint, or a GGUF file. Where it is a config's file, its weights are made up."""
+    return model.is_file() and not is_gguf(model)
 
 
 def read_config(model: Path) -> dict[str, Any]:
     """Raises ValueError with a sentence when it is not there or cannot be read."""
+    if is_gguf(model):
+        return config_of(read_gguf(model))
     path = model if has_random_weights(model) else model / "config.json"
     if not path.is_file():
         raise ValueError(f"{model} has no config.json: not a folder with a checkpoint")

@@ -1,6 +1,6 @@
 """What a gateway needs of a model's files: tokenizer, template, the ids that end a text, and sampling defaults.
 
-A model with random weights (see `worker.files`) gets the tokenizer of the model that ships, with further tokens whose
+A GGUF file says all of it in its metadata (`worker.gguf_tokenizer`). A model with random weights (see `worker.files`) gets the tokenizer of the model that ships, with further tokens whose
 text says that they are random.
 """
 
@@ -21,7 +21,9 @@ import jinja2.parser
 import jinja2.sandbox
 from tokenizers import Tokenizer
 
+from worker import gguf_tokenizer
 from worker.files import DEMO, SHIPPED, ModelNotFound, has_random_weights, read_config, read_json
+from worker.gguf import is_gguf, read_gguf
 
 MOST_IDS = 2**32 - 1  # on the wire
 
@@ -49,6 +51,8 @@ class TokenizerFiles:
 
 def read_tokenizer(model: Path) -> TokenizerFiles:
     """Raises ModelNotFound or ValueError, with a sentence that names the file, when one is not there or of no use."""
+    if is_gguf(model):
+        return _gguf_tokenizer(model)
     return _random_tokenizer(model) if has_random_weights(model) else _read_tokenizer(model)
 
 
@@ -58,14 +62,31 @@ def _read_tokenizer(folder: Path) -> TokenizerFiles:
         raise ModelNotFound(f"{folder} has no tokenizer.json; only fast tokenizers are supported")
     text, tokenizer = _load(path)
     config, settings = read_config(folder), read_json(folder / "tokenizer_config.json")
-    _check_vocabulary(folder, tokenizer, config)
+    _check_vocabulary(path, folder / "config.json", tokenizer, config)
     special_tokens = _special_tokens(read_json(folder / "special_tokens_map.json")) | _special_tokens(settings)
     return TokenizerFiles(
         tokenizer_json=text,
         chat_template=_chat_template(folder, settings),
         special_tokens=special_tokens,
         eos_ids=_eos_ids(folder, config, tokenizer.token_to_id(special_tokens.get("eos_token", ""))),
-        **_sampling(folder / "generation_config.json"),
+        **_sampling(folder / "generation_config.json", read_json(folder / "generation_config.json")),
+    )
+
+
+def _gguf_tokenizer(path: Path) -> TokenizerFiles:
+    file = read_gguf(path)
+    text, tokenizer = _parsed(gguf_tokenizer.tokenizer_json(file), path)
+    config, template = read_config(path), file.text("tokenizer.chat_template")
+    _check_vocabulary(path, path, tokenizer, config)
+    eos_ids = gguf_tokenizer.eos_ids(file)
+    if max(eos_ids) >= config["vocab_size"]:
+        raise ValueError(f"{path}: token {max(eos_ids)} ends a text, but the model has {config['vocab_size']} tokens")
+    return TokenizerFiles(
+        tokenizer_json=text,
+        chat_template=None if template is None else _compiled(template, f"{path}: tokenizer.chat_template"),
+        special_tokens=gguf_tokenizer.special_tokens(file),
+        eos_ids=eos_ids,
+        **_sampling(path, gguf_tokenizer.sampling(file)),
     )
 
 
@@ -75,12 +96,19 @@ def _read_tokenizer(folder: Path) -> TokenizerFiles:
 def _load(path: Path) -> tuple[str, Tokenizer]:
     try:
         text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a tokenizer: {error}") from error
+    return _parsed(text, path)
+
+
+def _parsed(text: str, path: Path) -> tuple[str, Tokenizer]:
+    try:
         return text, Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception
         raise ValueError(f"{path} is not a tokenizer: {str(error).splitlines()[0]}") from error
 
 
-def _check_vocabulary(folder: Path, tokenizer: Tokenizer, config: dict[str, Any]) -> None:
+def _check_vocabulary(path: Path, config_path: Path, tokenizer: Tokenizer, config: dict[str, Any]) -> None:
     """A text with an id that has no embedding could not be computed.
 
     Added tokens may lie beyond: fine-tuning often adds one for padding, which no text holds. Who sends it all the same is
@@ -90,8 +118,7 @@ def _check_vocabulary(folder: Path, tokenizer: Tokenizer, config: dict[str, Any]
     size = config.get("vocab_size")
     if isinstance(size, int) and most >= size:
         raise ValueError(
-            f"{folder / 'tokenizer.json'} has token {most} ({tokenizer.id_to_token(most)!r}), "
-            f"but vocab_size in {folder / 'config.json'} is {size}"
+            f"{path} has token {most} ({tokenizer.id_to_token(most)!r}), but vocab_size in {config_path} is {size}"
         )
 
 
@@ -199,9 +226,8 @@ FIELDS = (
 )
 
 
-def _sampling(path: Path) -> dict[str, Any]:
+def _sampling(path: Path, generation: dict[str, Any]) -> dict[str, Any]:
     """The fields that are there and not null. Raises ValueError, naming file and field, for one that means nothing."""
-    generation = read_json(path)
     given = {field.name: generation[field.name] for field in FIELDS if generation.get(field.name) is not None}
     for name, must, fits in FIELDS:
         if name in given and not (_is_number(given[name]) and fits(given[name])):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,6 +36,12 @@ from worker.build import Built
 from worker.core import Core
 from worker.engine import StepResult
 from worker.link import FRONT, Answer, Command, EngineLink, LinkClosed, cut_answers, encode_command, link_pair
+
+# There is no package below tests/, so the helper that stands beside the tests is imported by path.
+_spec = importlib.util.spec_from_file_location("gguf_maker", Path(__file__).with_name("gguf_maker.py"))
+assert _spec is not None and _spec.loader is not None
+sys.modules["gguf_maker"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(sys.modules["gguf_maker"])
 
 PATIENCE_SECONDS = 20.0
 EOS = 2

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from gguf_maker import tensors_of, tokenizer_values, values_of, write_gguf
 from safetensors.torch import load_file, save_file
 
 from worker.build import StartFailed, build, own_name
 from worker.config import WorkerConfig
-from worker.files import DEMO, find_config, find_model
+from worker.files import DEMO, find_config, find_model, read_config
 from worker.native import machine, memory
 from worker.native.build import load
 
@@ -103,6 +104,37 @@ def test_the_tensors_say_their_format_and_not_the_config(
     native = load(demo, "demo", WorkerConfig(threads=1, kv_cache_bytes=1 << 22, device="cpu"))
     assert f"torch.{native.engine.dtype}" == str(stored)
     assert native.shape.weight_bytes_each == stored.itemsize
+
+
+@pytest.fixture
+def gguf_file(tmp_path: Path) -> Path:
+    """The demo model in float32."""
+    folder = find_model(DEMO)
+    weights = {name: tensor.float().numpy() for name, tensor in load_file(folder / "model.safetensors").items()}
+    config, tokenizer = read_config(folder), json.loads((folder / "tokenizer.json").read_text())
+    values = values_of(config) | tokenizer_values(tokenizer, "llama-bpe", eos_token_id=2, add_bos_token=False)
+    return write_gguf(tmp_path / "Demo-F32.gguf", values, tensors_of(config, weights))
+
+
+def test_a_gguf_file_is_the_model_it_was_made_from(
+    settled: None, gguf_file: Path, demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for limit in ("PROBE_SECONDS", "GLANCE_SECONDS"):
+        monkeypatch.setattr(machine, limit, 0.001)
+    wanted = WorkerConfig(threads=1, kv_cache_bytes=1 << 22, device="cpu", dtype="float32")
+    native, right = (load(model, "demo", wanted) for model in (find_model(str(gguf_file)), demo))
+    assert native.stored_form == "38 x F32; 15.2 MB in the file" and right.stored_form == ""
+    assert native.shape == right.shape
+    assert all(map(torch.equal, native.engine.weights, right.engine.weights))
+    assert own_name(WorkerConfig(model=str(gguf_file)), gguf_file) == "Demo-F32"
+
+
+def test_a_gguf_file_that_is_of_no_use_is_refused_in_one_line(settled: None, gguf_file: Path) -> None:
+    whole = gguf_file.read_bytes()
+    gguf_file.write_bytes(whole[:-100])
+    assert str(gguf_file) in refusal(r"blk\.3\.\S+ would end|output_norm.weight: it would end", model=str(gguf_file))
+    gguf_file.write_bytes(whole.replace(b"tokenizer.ggml.pre", b"tokenizer.ggml.was"))
+    assert str(gguf_file) in refusal(r"names no tokenizer\.ggml\.pre", model=str(gguf_file))
 
 
 def lose_a_shard(folder: Path) -> None:

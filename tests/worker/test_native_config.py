@@ -163,12 +163,13 @@ FIELDS = [
 ROPE_FIELDS = [
     *("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "beta_fast"),
     *("beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate", "partial_rotary_factor", "type"),
+    "divisors",
 ]
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", "big", 0, 1, 2, 4, 64])
 VALUES = SCALARS | st.lists(SCALARS, max_size=7) | st.fixed_dictionaries({}, optional={"a": SCALARS})
 ROPES = st.builds(
     lambda kind, fields: {"rope_type": kind, **fields},
-    st.sampled_from(["default", "linear", "llama3", "yarn"]),
+    st.sampled_from(["default", "linear", "llama3", "yarn", "divided"]),
     st.fixed_dictionaries({}, optional=dict.fromkeys(ROPE_FIELDS, VALUES)),
 )
 

@@ -15,8 +15,9 @@ from scheduler.messages import Request, Sampling
 from scheduler.model import SHAPES
 from worker.files import find_model, read_config
 from worker.native.config import DecoderConfig
+from worker.native.forms import open_checkpoint
 from worker.native.loader import load_weights, tensor_shapes
-from worker.native.random_weights import STD, RandomCheckpoint, open_checkpoint
+from worker.native.random_weights import STD, RandomCheckpoint
 from worker.native.runner import NativeEngine
 
 CONFIG: dict[str, Any] = {

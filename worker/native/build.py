@@ -11,12 +11,13 @@ import torch
 
 from scheduler.hardware import Device
 from scheduler.model import ModelShape
+from worker import gguf
 from worker.config import WorkerConfig
-from worker.files import has_random_weights, read_config
+from worker.files import read_config
 from worker.native.config import DecoderConfig
+from worker.native.forms import open_checkpoint
 from worker.native.machine import measure_machine
 from worker.native.memory import MemoryPlan, plan_memory
-from worker.native.random_weights import open_checkpoint
 from worker.native.runner import NativeEngine
 from worker.native.topology import available_cpus, bind_to
 
@@ -31,16 +32,19 @@ class Native:
     measured_seconds: float  # that took
     copies: int  # of the weights in memory
     threads_note: str
+    stored_form: str  # of few bits, what the file holds; else nothing
 
 
 def load(model: Path, name: str, config: WorkerConfig) -> Native:
     """Raises ValueError with a sentence when the checkpoint or the device cannot be used."""
     decoder = _decoder(model, read_config(model))
     with open_checkpoint(model, decoder) as checkpoint:
+        stored_form = checkpoint.describe()
         stored_dtype = checkpoint.dtype(EMBEDDING)  # of the header: no tensor is read before it is known that all fit
     plan = plan_memory(decoder, stored_dtype, name, config)
     _settle(plan, config.threads)
     engine = NativeEngine.load(model, plan.device, plan.dtype, plan.kv_cache_bytes, config.threads or None, plan.packs)
+    gguf.forget()
     shape = decoder.model_shape(name, engine.dtype)
     began = time.monotonic()
     device = measure_machine(engine.device, engine.dtype, engine.weights)
@@ -48,14 +52,14 @@ def load(model: Path, name: str, config: WorkerConfig) -> Native:
     threads = torch.get_num_threads()
     place = f" {plan.place}" if plan.place else ""
     note = f", {threads} thread{'s' if threads > 1 else ''}{place}" if engine.device == "cpu" else ""
-    return Native(engine, shape, device, measured_seconds, 2 if plan.packs else 1, note)
+    return Native(engine, shape, device, measured_seconds, 2 if plan.packs else 1, note, stored_form)
 
 
 def _decoder(model: Path, values: dict[str, Any]) -> DecoderConfig:
     try:
         return DecoderConfig.from_dict(values)
     except ValueError as error:  # says config.json, but not whose
-        path = model if has_random_weights(model) else model / "config.json"
+        path = model if model.is_file() else model / "config.json"
         sentence = str(error)
         separator = "" if sentence.startswith("config.json") else ": "
         raise ValueError(f"{path}{separator}{sentence.removeprefix('config.json')}") from error

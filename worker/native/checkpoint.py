@@ -1,8 +1,12 @@
-"""The safetensors files of a checkpoint in Hugging Face form, and what is said about those that cannot be read."""
+"""The safetensors files of a checkpoint in Hugging Face form, and what is said about those that cannot be read.
+
+Other forms (`worker.native.forms`) answer the same questions: their tensors have the names and shapes of this one.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,13 +15,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from worker.files import INDEX, WHOLE
+from worker.native.groups import Groups
 
 SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LFS_POINTER = b"version https://git-lfs"
 
 
 class Checkpoint:
     """The memory-mapped safetensors files of a folder. Raises ValueError when they are not all there and whole."""
+
+    described_by = "config.json"
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -43,13 +51,12 @@ class Checkpoint:
         for file in self._files.values():
             file.__exit__(kind, error, trace)
 
-    def read(self, name: str) -> Tensor:
-        """A view of the file's memory."""
-        tensor: Tensor = self._files[self._file_of[name]].get_tensor(name)
-        return tensor
+    def read(self, name: str, rows: slice = slice(None)) -> Tensor | Groups:
+        """A view of the file's memory; groups where the file has numbers of few bits that groups hold exactly."""
+        return self._tensor(name)[rows]
 
     def dtype(self, name: str) -> str:
-        """float32, bfloat16 or float16. Raises ValueError for any other."""
+        """float32, bfloat16 or float16: of few bits, what they may be computed in. Raises ValueError for any other."""
         if name not in self._file_of:
             raise ValueError(f"{self.folder} has no tensor {name}")
         stored = self._slice(name).get_dtype()
@@ -58,9 +65,29 @@ class Checkpoint:
             raise ValueError(f"{self.folder}: {self.place(name)} is stored as {stored}; what can be read is {known}")
         return SAFETENSORS_DTYPES[stored]
 
+    def kernel_bits(self, name: str) -> int:
+        """Of the kernel that computes with this matrix where weights stay packed: 16, 8 or 4."""
+        return 16
+
+    def stored_bytes(self, name: str) -> int:
+        """In the file."""
+        return math.prod(self.shapes[name]) * ITEM_BYTES[self.dtype(name)]
+
     def place(self, name: str) -> str:
         """A tensor and its file, for errors."""
         return f"{name} in {self._file_of[name]}"
+
+    def called(self, name: str) -> str:
+        """What the file calls a tensor, for errors about one that it lacks."""
+        return name
+
+    def describe(self) -> str:
+        """Of few bits, what the file holds and in how many bytes; else nothing."""
+        return ""
+
+    def _tensor(self, name: str) -> Tensor:
+        tensor: Tensor = self._files[self._file_of[name]].get_tensor(name)
+        return tensor
 
     def _slice(self, name: str) -> Any:
         return self._files[self._file_of[name]].get_slice(name)
@@ -87,7 +114,12 @@ def _read_index(folder: Path) -> dict[str, str]:
 def _what_is_there_instead(folder: Path) -> str:
     others = sorted(path.name for kind in ("*.bin", "*.pth", "*.pt", "*.gguf") for path in folder.glob(kind))
     if others:
-        return f"{folder} holds {others[0]}, but no {WHOLE}: weights are read from safetensors files only"
+        advice = (
+            "name that file itself"
+            if others[0].endswith(".gguf")
+            else "weights are read from safetensors and GGUF files"
+        )
+        return f"{folder} holds {others[0]}, but no {WHOLE}: {advice}"
     return f"{folder} has neither {WHOLE} nor {INDEX}"
 
 

@@ -15,6 +15,7 @@ from enum import Enum
 from typing import Any
 
 from scheduler.model import DTYPE_BYTES, ModelShape
+from worker.native.quantization import read_quantization
 
 MOST_LAYERS = 4096  # more is a typing error, and would cost memory before anything else is looked at
 MOST = 2**31 - 1  # of any other size
@@ -60,7 +61,7 @@ FAMILIES = {
     "Qwen3ForCausalLM": Family(qk_norm=True, head_dim=128, mlp_bias=False, windows=Windows.LATE, default_window=4096),
     "SmolLM3ForCausalLM": Family(windows=Windows.UNROTATED, unrotated_every=4, rope_theta=2000000.0, tied_head=True),
 }
-ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+ROPE_KINDS = ("default", "linear", "llama3", "yarn", "divided")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,7 @@ class Rope:
     Kinds: default; linear (positions / factor); llama3 (long wavelengths / factor, short ones kept, those between
     blended by wavelength; source: the Llama 3.1 release); yarn (the same idea, blended by dimension, and the attention
     sharpened through longer vectors; source: arXiv 2309.00071). Both as in transformers `modeling_rope_utils.py`.
+    divided (each frequency by a number of its own: how GGUF files say llama3).
     """
 
     theta: float = 10000.0
@@ -82,6 +84,7 @@ class Rope:
     fast_turns: float = 32.0  # … and beta_fast
     whole_dimensions: bool = True  # yarn: the two limits rounded outwards
     length: float = 1.0  # of the rotated vectors: yarn's attention factor
+    divisors: tuple[float, ...] = ()  # divided: one per pair of dimensions
 
     @property
     def stretched_positions(self) -> int:
@@ -171,6 +174,11 @@ class DecoderConfig:
                 f"config.json: {self.heads} heads over {self.kv_heads} KV heads of {self.head_dim}: "
                 "heads must be a multiple of KV heads, and the head dimension even"
             )
+        if self.rope.divisors and len(self.rope.divisors) != self.head_dim // 2:
+            raise ValueError(
+                f"config.json: {len(self.rope.divisors)} divisors of RoPE's frequencies, but {self.head_dim // 2} are "
+                "needed: one per pair of a head's dimensions"
+            )
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
@@ -188,9 +196,9 @@ def _check_supported(config: Mapping[str, Any], family: Family) -> None:
     """A setting that is read past would give wrong tokens in silence."""
     if (activation := config.get("hidden_act", "silu")) != "silu":
         raise ValueError(f"config.json: hidden_act {activation!r}: only silu is supported")
-    for name in ("quantization_config", "per_layer_config"):
-        if config.get(name):
-            raise ValueError(f"config.json: {name} is set; quantized and uneven checkpoints are not supported")
+    if config.get("per_layer_config"):
+        raise ValueError("config.json: per_layer_config is set; uneven checkpoints are not supported")
+    read_quantization(config)  # refuses by name what cannot be read
     unrotated = config.get("no_rope_layers")
     if family.unrotated_every is None and unrotated and not (isinstance(unrotated, list) and all(unrotated)):
         raise ValueError("config.json: no_rope_layers: this architecture rotates positions in all layers")
@@ -284,6 +292,8 @@ def _rope(config: Mapping[str, Any], family: Family) -> Rope:
         return Rope(theta)
     if kind == "linear":
         return Rope(theta, kind, _number(scaling, "factor"))
+    if kind == "divided":
+        return Rope(theta, kind, divisors=_divisors(scaling))
     return (_llama3 if kind == "llama3" else _yarn)(config, scaling, theta, _original(config, scaling, family))
 
 
@@ -298,6 +308,13 @@ def _original(config: Mapping[str, Any], scaling: Mapping[str, Any], family: Fam
     name = "original_max_position_embeddings"
     stretched = _count(config, "max_position_embeddings", family.max_positions)
     return _count(config, name, _count(scaling, name, stretched))
+
+
+def _divisors(scaling: Mapping[str, Any]) -> tuple[float, ...]:
+    found = scaling.get("divisors")
+    if not isinstance(found, list) or not all(isinstance(by, float) and by > 0 for by in found):
+        raise ValueError("config.json: RoPE of type divided needs divisors, a list of numbers above 0")
+    return tuple(found)
 
 
 def _llama3(config: Mapping[str, Any], scaling: Mapping[str, Any], theta: float, original: int) -> Rope:

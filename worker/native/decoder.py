@@ -159,6 +159,8 @@ def rope_frequencies(rope: Rope, head_dim: int) -> Tensor:
         return frequencies
     if rope.kind == "linear":
         return frequencies / rope.factor
+    if rope.kind == "divided":
+        return frequencies / torch.tensor(rope.divisors)
     keep = _yarn_share(rope, head_dim) if rope.kind == "yarn" else _llama3_share(rope, frequencies)
     return keep * frequencies + (1 - keep) * frequencies / rope.factor
 

@@ -1,8 +1,7 @@
-"""Safetensors checkpoints in the Hugging Face form to the weights the decoder runs on."""
+"""Checkpoints to the weights the decoder runs on."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from worker.native.checkpoint import Checkpoint
 from worker.native.config import DecoderConfig
+from worker.native.groups import Groups
 from worker.native.linear import PLAIN, Linear, Products
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -95,7 +95,7 @@ def check_tensors(config: DecoderConfig, checkpoint: Checkpoint) -> None:
     ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")}
     ignored |= {"lm_head.weight"} if config.tied_head else set()
     faults = {
-        "missing": sorted(wanted.keys() - found.keys()),
+        "missing": [checkpoint.called(name) for name in sorted(wanted.keys() - found.keys())],
         "unexpected": sorted(checkpoint.place(name) for name in found.keys() - wanted.keys() - ignored),
         "of another shape": [
             f"{checkpoint.place(name)} {list(found[name])} instead of {list(shape)}"
@@ -105,7 +105,7 @@ def check_tensors(config: DecoderConfig, checkpoint: Checkpoint) -> None:
     }
     if any(faults.values()):
         told = "; ".join(_fault(*fault) for fault in faults.items() if fault[1])
-        raise ValueError(f"{checkpoint.folder}: the tensors do not fit config.json: {told}")
+        raise ValueError(f"{checkpoint.folder}: the tensors do not fit {checkpoint.described_by}: {told}")
     for name in wanted:
         checkpoint.dtype(name)
     if config.tied_head and "lm_head.weight" in found:
@@ -113,7 +113,7 @@ def check_tensors(config: DecoderConfig, checkpoint: Checkpoint) -> None:
 
 
 def _check_tied(checkpoint: Checkpoint) -> None:
-    embedding, head = (checkpoint.read(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
+    embedding, head = (floats(checkpoint.read(name)) for name in ("model.embed_tokens.weight", "lm_head.weight"))
     if not torch.equal(head.to(embedding.dtype), embedding):
         place = checkpoint.place("lm_head.weight")
         raise ValueError(f"config.json says tie_word_embeddings, but {place} differs from the embedding")
@@ -207,9 +207,10 @@ class _Reader:
 
     def _copy(self, part: Tensor, name: str) -> None:
         """Raises ValueError for a number that is none: with it, every answer would be noise."""
-        source = self.checkpoint.read(name)
-        rows = max(1, SLAB_BYTES[self.device.type] // source[0].nbytes)
-        for to, slab in zip(part.split(rows), source.split(rows), strict=True):
+        step = max(1, SLAB_BYTES[self.device.type] // part[0].nbytes)
+        stored_bytes = self.checkpoint.stored_bytes(name)
+        for start in range(0, len(part), step):
+            to, slab = part[start : start + step], floats(self.checkpoint.read(name, slice(start, start + step)))
             to.copy_(slab)
             # The smaller one is read again, on the device if that is another; there also what a float16 cannot hold.
             # Adding up rows that overlap (`random_weights`) would take twenty times as long.
@@ -219,8 +220,8 @@ class _Reader:
                 raise ValueError(
                     f"{self.checkpoint.folder}: {self.checkpoint.place(name)} has NaN or infinite values (read as {as_read})"
                 )
-            self.done_bytes += slab.nbytes
-            self.progress(self.done_bytes, self.total_bytes)
+            self.progress(self.done_bytes + stored_bytes * (start + len(to)) // len(part), self.total_bytes)
+        self.done_bytes += stored_bytes
 
 
 def _is_finite(numbers: Tensor) -> bool:
@@ -228,6 +229,9 @@ def _is_finite(numbers: Tensor) -> bool:
     return bool(numbers.sum().isfinite()) or bool(numbers.isfinite().all())
 
 
+def floats(weight: Tensor | Groups) -> Tensor:
+    return weight.floats() if isinstance(weight, Groups) else weight
+
+
 def _stored_bytes(checkpoint: Checkpoint, config: DecoderConfig) -> int:
-    shapes = tensor_shapes(config).items()
-    return sum(math.prod(shape) * DTYPES[checkpoint.dtype(name)].itemsize for name, shape in shapes)
+    return sum(checkpoint.stored_bytes(name) for name in tensor_shapes(config))

@@ -19,7 +19,13 @@ class LoadingBar:
     The bar goes to stderr, as bars do; lines go where those of the other stages go, and leave stderr to what went wrong.
     """
 
-    def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        what: str = "loading weights",
+    ) -> None:
+        self._what = what
         self._stream = stream or (sys.stderr if sys.stderr.isatty() else sys.stdout)
         self._clock = clock
         self._is_terminal = self._stream.isatty()
@@ -48,9 +54,9 @@ class LoadingBar:
         text = f"{100 * share:3.0f} % of {total_bytes / 1e9:.2f} GB, {speed / 1e9:.2f} GB/s"
         if self._is_terminal:
             self._is_drawn = True
-            self._write(f"\rloading weights [{'#' * int(WIDTH * share):<{WIDTH}}] {text}")
+            self._write(f"\r{self._what} [{'#' * int(WIDTH * share):<{WIDTH}}] {text}")
         else:
-            self._write(f"headgate: loading weights: {text}\n")
+            self._write(f"headgate: {self._what}: {text}\n")
 
     def _write(self, text: str) -> None:
         self._stream.write(text)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import zlib
 from functools import cached_property
-from pathlib import Path
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from worker.files import has_random_weights
 from worker.native.checkpoint import Checkpoint
 from worker.native.config import DecoderConfig
 from worker.native.loader import tensor_shapes
@@ -41,7 +39,10 @@ class RandomCheckpoint(Checkpoint):
     ) -> None:
         pass  # no file was opened
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
+        return self._tensor(name)[rows]
+
+    def _tensor(self, name: str) -> Tensor:
         shape = self.shapes[name]
         if len(shape) == 1 and name.endswith(".weight"):  # the scale of a norm
             return torch.ones(shape, dtype=torch.bfloat16)
@@ -55,8 +56,3 @@ class RandomCheckpoint(Checkpoint):
 
     def place(self, name: str) -> str:
         return f"{name}, which is random"
-
-
-def open_checkpoint(model: Path, config: DecoderConfig) -> Checkpoint:
-    """The weights of a model's folder; random ones where `model` is only a config's file."""
-    return RandomCheckpoint(config) if has_random_weights(model) else Checkpoint(model)

@@ -16,6 +16,7 @@ from worker.files import read_config
 from worker.native.blocks import BLOCK_TOKENS, BlockTable, PagedCache
 from worker.native.config import DecoderConfig
 from worker.native.decoder import Decoder
+from worker.native.forms import open_checkpoint
 from worker.native.inputs import Span, StepInputs, build_inputs
 from worker.native.linear import choose_products
 from worker.native.loader import DTYPES, Weights, load_weights, tensor_shapes
@@ -23,7 +24,6 @@ from worker.native.logprobs import logprobs_of
 from worker.native.machine import choose_threads
 from worker.native.penalties import Past, past_of
 from worker.native.progress import LoadingBar
-from worker.native.random_weights import open_checkpoint
 from worker.native.sampler import sample
 from worker.native.topology import allowed_cpus, available_cpus, physical_cores, thread_counts
 
