@@ -25,7 +25,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from scheduler.batch import Entry, Kind, StepPlan
 from scheduler.messages import Request, Sampling
 from worker.native.config import DecoderConfig, Rope
-from worker.native.decoder import rope_frequencies, rope_table
+from worker.native.decoder import Outcome, rope_frequencies, rope_table
 from worker.native.inputs import group_by_length
 from worker.native.runner import NativeEngine
 
@@ -174,11 +174,11 @@ def record_logits(engine: NativeEngine) -> dict[tuple[int, ...], torch.Tensor]:
     seen: dict[tuple[int, ...], torch.Tensor] = {}
     deliver = engine._deliver
 
-    def recording(plan: StepPlan, inputs: Any, logits: torch.Tensor | None) -> Any:
-        for row, span in enumerate(inputs.delivering):
-            assert logits is not None
-            seen[tuple(engine._sequences[plan.entries[span].key].tokens)] = logits[row].clone()
-        return deliver(plan, inputs, logits)
+    def recording(plan: StepPlan, outcome: Outcome) -> Any:
+        for row, span in enumerate(outcome.delivering):
+            assert outcome.logits is not None
+            seen[tuple(engine._sequences[plan.entries[span].key].tokens)] = outcome.logits[row].clone()
+        return deliver(plan, outcome)
 
     engine._deliver = recording  # type: ignore[method-assign]
     return seen

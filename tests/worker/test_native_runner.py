@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from scheduler.batch import Entry, Kind, StepPlan
 from scheduler.messages import Logprobs, Request, Sampling
 from worker.engine import Engine
 from worker.native.config import DecoderConfig
-from worker.native.inputs import StepInputs
+from worker.native.decoder import Outcome
+from worker.native.inputs import Span
 from worker.native.loader import tensor_shapes
 from worker.native.runner import NativeEngine
 
@@ -192,16 +194,17 @@ def test_penalties_change_what_is_said_of_who_asks_alone(engine: NativeEngine) -
 def whole_forward(engine: NativeEngine, tokens: list[int]) -> torch.Tensor:
     """Log probabilities after each token, from one pass over all of them."""
     seen = {}
-    forward = engine._decoder.forward
+    run = engine._decoder.run
 
-    def recording(inputs: StepInputs) -> torch.Tensor:
-        seen["hidden"] = forward(inputs)
-        return seen["hidden"]
+    def recording(spans: Sequence[Span], needs_logits: bool) -> Outcome:
+        outcome = run(spans, needs_logits)
+        seen["hidden"] = outcome.hidden
+        return outcome
 
-    engine._decoder.forward = recording  # type: ignore[method-assign]
+    engine._decoder.run = recording  # type: ignore[method-assign]
     engine.run(prefill(request(77, tokens)))
     engine.run(StepPlan(stop=(77,)))
-    engine._decoder.forward = forward  # type: ignore[method-assign]
+    engine._decoder.run = run  # type: ignore[method-assign]
     return engine._decoder.logits(seen["hidden"]).log_softmax(-1)
 
 

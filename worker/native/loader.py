@@ -134,7 +134,7 @@ def load_weights(
 ) -> Weights:
     """Reads a checkpoint tensor by tensor into memory of our own. Raises ValueError when it does not fit the config."""
     check_tensors(config, checkpoint)
-    reader = _Reader(checkpoint, device, dtype, products, _stored_bytes(checkpoint, config), progress)
+    reader = _Reader(checkpoint, device, dtype, products, stored_bytes(checkpoint, config), progress)
     embedding = (reader.matrix if config.tied_head else reader.stack)("model.embed_tokens.weight")
     return Weights(
         embedding=embedding,
@@ -228,6 +228,7 @@ def _is_finite(numbers: Tensor) -> bool:
     return bool(numbers.sum().isfinite()) or bool(numbers.isfinite().all())
 
 
-def _stored_bytes(checkpoint: Checkpoint, config: DecoderConfig) -> int:
+def stored_bytes(checkpoint: Checkpoint, config: DecoderConfig) -> int:
+    """What reading a whole checkpoint reads."""
     shapes = tensor_shapes(config).items()
     return sum(math.prod(shape) * DTYPES[checkpoint.dtype(name)].itemsize for name, shape in shapes)

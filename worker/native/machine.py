@@ -165,8 +165,13 @@ def _round_seconds(call: Callable[[], object], calls: int, device: torch.device)
 # --- threads ----------------------------------------------------------------------------------------------------------
 
 
-def choose_threads(step: Callable[[], object], counts: Sequence[int], budget_seconds: float = 0.8) -> int:
-    """The fewest threads that come within 15 % of the fastest. `counts` are tried most first; leaves torch set to it.
+def choose_threads(
+    step: Callable[[], object],
+    counts: Sequence[int],
+    set_threads: Callable[[int], object],
+    budget_seconds: float = 0.8,
+) -> int:
+    """The fewest threads that come within 15 % of the fastest. `counts` are tried most first; leaves the engine set to it.
 
     Rounds go through all counts, because a shared machine changes from second to second. Where a step is so long that the
     time is over before a count's turn, it is not tried: a large model is faster with many.
@@ -176,18 +181,20 @@ def choose_threads(step: Callable[[], object], counts: Sequence[int], budget_sec
     while len(counts) > 1:
         for count in counts:
             if time.perf_counter() < end or count == counts[0]:
-                best[count] = min(best[count], _step_seconds(step, count, budget_seconds / 2 / len(counts)))
+                best[count] = min(best[count], _step_seconds(step, count, set_threads, budget_seconds / 2 / len(counts)))
         if time.perf_counter() > end:
             break
     chosen = min(count for count in counts if best[count] <= GAIN_NEEDED * min(best.values()))
-    torch.set_num_threads(chosen)
+    set_threads(chosen)
     return chosen
 
 
-def _step_seconds(step: Callable[[], object], threads: int, budget_seconds: float) -> float:
+def _step_seconds(
+    step: Callable[[], object], threads: int, set_threads: Callable[[int], object], budget_seconds: float
+) -> float:
     """The best of up to 5 steps, as many as the budget allows, after one in which threads come and caches are shared out."""
     cpu = torch.device("cpu")
-    torch.set_num_threads(threads)
+    set_threads(threads)
     first = _round_seconds(step, 1, cpu)
     repeats = min(5, int(budget_seconds / max(first, 1e-9)) - 1)
     return min([first, *(_round_seconds(step, 1, cpu) for _ in range(repeats))])

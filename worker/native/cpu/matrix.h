@@ -1,0 +1,275 @@
+// Weights, packed in panels of 32 rows (32 outputs), each of which is read as one stream. A lane is a row and holds four
+// bytes of it: 2 numbers of bfloat16, 4 of 8 bits or 8 of 4 bits (the first four in the low halves of the bytes).
+//
+// A number q of 8 bits is stored as q + 128. Numbers of few bits come in groups of 32 along a row; a group stands for
+// scale * q, where four bits hold q + 8, or for scale * q + offset, where four bits hold q = 0 … 15.
+
+#pragma once
+#include <math.h>
+
+#include "pool.h"
+
+#define PANEL 32
+#define GROUP 32
+#define EXPORT __attribute__((visibility("default")))
+
+enum { BF16, INT8, INT4 };
+enum { FROM_FLOAT32, FROM_BFLOAT16, FROM_FLOAT16 };
+
+typedef struct {
+    int64_t rows, columns;
+    int64_t format;
+    uint8_t *numbers;   // [panels][columns in whole groups][PANEL]
+    uint16_t *scales;   // float16 [panels][groups][PANEL]; NULL for bfloat16
+    uint16_t *offsets;  // the same, or NULL
+} Matrix;
+
+static const int format_bits[] = {16, 8, 4};
+
+INLINE int64_t panels_of(const Matrix *matrix) { return (matrix->rows + PANEL - 1) / PANEL; }
+
+INLINE int64_t groups_of(const Matrix *matrix) { return (matrix->columns + GROUP - 1) / GROUP; }
+
+INLINE int64_t panel_bytes(const Matrix *matrix) {
+    return groups_of(matrix) * GROUP * PANEL * format_bits[matrix->format] / 8;
+}
+
+// Where the four bytes with this column of a row lie.
+INLINE uint8_t *word_at(const Matrix *matrix, int64_t row, int64_t column) {
+    const int64_t in_word = 32 / format_bits[matrix->format];
+    return matrix->numbers + row / PANEL * panel_bytes(matrix) + (column / in_word * PANEL + row % PANEL) * 4;
+}
+
+INLINE int64_t scale_at(const Matrix *matrix, int64_t row, int64_t group) {
+    return (row / PANEL * groups_of(matrix) + group) * PANEL + row % PANEL;
+}
+
+// --- numbers ---------------------------------------------------------------------------------------------------------
+
+INLINE uint16_t bf16_of(float number) {
+    uint32_t bits;
+    memcpy(&bits, &number, 4);
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+INLINE float float_of_bf16(uint16_t half) {
+    const uint32_t bits = (uint32_t)half << 16;
+    float number;
+    memcpy(&number, &bits, 4);
+    return number;
+}
+
+INLINE float float_of_half(uint16_t half) {
+    const uint32_t bits = (uint32_t)(half & 0x7fff) << 13;
+    float size;
+    memcpy(&size, &bits, 4);
+    size = (half & 0x7c00) == 0x7c00 ? NAN : size * 0x1p112f;
+    return half & 0x8000 ? -size : size;
+}
+
+// To the nearest; what is too large becomes the largest.
+INLINE uint16_t half_of(float number) {
+    const uint16_t sign = number < 0 ? 0x8000 : 0;
+    float size = fminf(fabsf(number), 65504.0f);
+    if (size < 0x1p-14f) return sign | (uint16_t)lrintf(size * 0x1p24f);
+    uint32_t bits;
+    memcpy(&bits, &size, 4);
+    bits += 0xfff + (bits >> 13 & 1);
+    return sign | (uint16_t)((bits >> 13) - (112 << 10));
+}
+
+// --- packing ---------------------------------------------------------------------------------------------------------
+
+typedef struct {
+    const void *from;
+    int64_t kind, stride;  // of `from`: its numbers, and how many lie between one row and the next
+    int64_t rows, first;   // so many rows of it become those of the matrix from `first` on …
+    int64_t interleaved;   // … or 16 of each panel, the other 16 being those of another tensor
+} Source;
+
+typedef struct {
+    Pool *pool;
+    Matrix *matrix;
+    Source source;
+    atomic_int faults;  // rows with NaN or infinite numbers
+    atomic_int is_short;
+} Packing;
+
+INLINE int64_t packed_row(const Source *source, int64_t row) {
+    return source->first + (source->interleaved ? row / 16 * PANEL + row % 16 : row);
+}
+
+static void read_row(const Source *source, int64_t row, float *to, int64_t columns) {
+    const int64_t start = row * source->stride;
+    if (source->kind == FROM_FLOAT32) memcpy(to, (const float *)source->from + start, columns * sizeof(float));
+    const uint16_t *halves = (const uint16_t *)source->from + start;
+    if (source->kind == FROM_BFLOAT16)
+        for (int64_t i = 0; i < columns; i++) to[i] = float_of_bf16(halves[i]);
+    if (source->kind == FROM_FLOAT16)
+        for (int64_t i = 0; i < columns; i++) to[i] = float_of_half(halves[i]);
+}
+
+// All the numbers' exponents, looked at as integers: what is not finite has all of its exponent's bits.
+static bool is_finite(const float *numbers, int64_t count) {
+    int32_t largest = 0;
+    for (int64_t i = 0; i < count; i++) {
+        int32_t bits;
+        memcpy(&bits, numbers + i, 4);
+        bits &= 0x7fffffff;
+        largest = bits > largest ? bits : largest;
+    }
+    return largest < 0x7f800000;
+}
+
+static void pack_bf16(const Matrix *matrix, int64_t row, const float *numbers) {
+    uint8_t *to = word_at(matrix, row, 0);
+    for (int64_t k = 0; k < matrix->columns; k++) {
+        const uint16_t half = bf16_of(numbers[k]);
+        memcpy(to + k / 2 * PANEL * 4 + k % 2 * 2, &half, 2);
+    }
+}
+
+static void place_i8(const Matrix *matrix, int64_t row, int64_t column, int number) {
+    word_at(matrix, row, column)[column % 4] = number + 128;
+}
+
+static void place_u4(const Matrix *matrix, int64_t row, int64_t column, int number) {
+    uint8_t *byte = word_at(matrix, row, column) + column % 4;
+    const int shift = column % 8 < 4 ? 0 : 4;
+    *byte = (*byte & ~(15 << shift)) | number << shift;
+}
+
+INLINE int nearest(float number, int least, int most) {
+    const long whole = lrintf(number);
+    return whole < least ? least : whole > most ? most : whole;
+}
+
+INLINE float largest_size(const float *numbers, int count) {
+    float largest = 0;
+    for (int i = 0; i < count; i++) largest = fmaxf(largest, fabsf(numbers[i]));
+    return largest;
+}
+
+static void pack_int8_group(const Matrix *matrix, int64_t row, int64_t group, const float *numbers) {
+    const uint16_t half = half_of(largest_size(numbers, GROUP) / 127);
+    const float scale = float_of_half(half), inverse = scale ? 1 / scale : 0;
+    matrix->scales[scale_at(matrix, row, group)] = half;
+    for (int i = 0; i < GROUP; i++) place_i8(matrix, row, group * GROUP + i, nearest(numbers[i] * inverse, -127, 127));
+}
+
+// Sum of squared errors of a group in 4 bits with this scale; beside it the scale that fits these whole numbers best.
+static float int4_error(const float *numbers, float scale, float *better) {
+    const float inverse = scale ? 1 / scale : 0;
+    float error = 0, product = 0, square = 0;
+    for (int i = 0; i < GROUP; i++) {
+        const float whole = nearest(numbers[i] * inverse, -8, 7);
+        error += (numbers[i] - scale * whole) * (numbers[i] - scale * whole);
+        product += numbers[i] * whole;
+        square += whole * whole;
+    }
+    *better = square ? product / square : 0;
+    return error;
+}
+
+// The best of a few scales around the one that makes the largest number -8: 10 % less squared error than that one alone.
+static float int4_scale(const float *numbers) {
+    float largest = 0, chosen = 0, least = INFINITY;
+    for (int i = 0; i < GROUP; i++) largest = fabsf(numbers[i]) > fabsf(largest) ? numbers[i] : largest;
+    for (int step = -6; step <= 6; step++) {
+        float better, unused;
+        int4_error(numbers, -largest / (8.0f + 0.25f * step), &better);
+        better = float_of_half(half_of(better));
+        const float error = int4_error(numbers, better, &unused);
+        if (error < least) least = error, chosen = better;
+    }
+    return chosen;
+}
+
+static void pack_int4_group(const Matrix *matrix, int64_t row, int64_t group, const float *numbers) {
+    const float scale = int4_scale(numbers), inverse = scale ? 1 / scale : 0;
+    matrix->scales[scale_at(matrix, row, group)] = half_of(scale);
+    for (int i = 0; i < GROUP; i++) place_u4(matrix, row, group * GROUP + i, nearest(numbers[i] * inverse, -8, 7) + 8);
+}
+
+static void pack_row(Packing *packing, int64_t row, float *line) {
+    const Matrix *matrix = packing->matrix;
+    const int64_t to = packed_row(&packing->source, row);
+    read_row(&packing->source, row, line, matrix->columns);
+    if (!is_finite(line, matrix->columns)) atomic_fetch_add(&packing->faults, 1);
+    if (matrix->format == BF16) pack_bf16(matrix, to, line);
+    for (int64_t g = 0; matrix->format != BF16 && g < groups_of(matrix); g++)
+        (matrix->format == INT8 ? pack_int8_group : pack_int4_group)(matrix, to, g, line + g * GROUP);
+}
+
+static void pack_units(void *job, int thread) {
+    (void)thread;
+    Packing *packing = job;
+    Phase *phase = packing->pool->phases;
+    const int64_t rows = packing->source.rows, units = (rows + PANEL - 1) / PANEL;
+    float *line = new_lines(groups_of(packing->matrix) * GROUP * sizeof(float));
+    if (!line) atomic_store(&packing->is_short, 1);
+    for (int unit; (unit = claim(phase)) < units; mark_done(phase))
+        for (int64_t row = unit * PANEL; line && row < (unit + 1) * PANEL && row < rows; row++) pack_row(packing, row, line);
+    free(line);
+    wait_until(&phase->done, units);
+}
+
+// Packs rows of a tensor, in all threads. The matrix's memory was cleared. Returns how many rows have numbers that are
+// none, or -1 where memory ran out.
+EXPORT int pack_rows(Pool *pool, Matrix *matrix, const Source *source) {
+    Packing *packing = calloc(1, sizeof *packing);
+    if (!packing) return -1;
+    *packing = (Packing){.pool = pool, .matrix = matrix, .source = *source};
+    const bool is_done = run_together(pool, pack_units, packing, 1);
+    wait_until(&pool->inside, 0);  // before the job they look at is gone
+    const int faults = !is_done || packing->is_short ? -1 : packing->faults;
+    free(packing);
+    return faults;
+}
+
+// Rows that are in groups of few bits already, as they are: `numbers` as q (or 0 … 15 where four bits have offsets).
+EXPORT void place_groups(Matrix *matrix, int64_t first, int64_t rows, const int8_t *numbers, const uint16_t *scales,
+                         const uint16_t *offsets) {
+    const int64_t groups = groups_of(matrix);
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t column = 0; column < matrix->columns; column++) {
+            const int number = numbers[row * matrix->columns + column];
+            const int64_t at = scale_at(matrix, first + row, column / GROUP), from = row * groups + column / GROUP;
+            if (matrix->format == INT8) place_i8(matrix, first + row, column, number);
+            else place_u4(matrix, first + row, column, matrix->offsets ? number : number + 8);
+            matrix->scales[at] = scales[from];
+            if (matrix->offsets) matrix->offsets[at] = offsets[from];
+        }
+}
+
+// --- unpacking -------------------------------------------------------------------------------------------------------
+
+INLINE int number_at(const Matrix *matrix, int64_t row, int64_t column) {
+    const uint8_t byte = word_at(matrix, row, column)[column % 4];
+    if (matrix->format == INT8) return (int)byte - 128;
+    return (column % 8 < 4 ? byte & 15 : byte >> 4) - (matrix->offsets ? 0 : 8);
+}
+
+INLINE void unpack_group(const Matrix *matrix, int64_t row, int64_t group, int64_t stop, float *to) {
+    const int64_t at = scale_at(matrix, row, group);
+    const float scale = float_of_half(matrix->scales[at]);
+    const float offset = matrix->offsets ? float_of_half(matrix->offsets[at]) : 0;
+    for (int64_t k = group * GROUP; k < stop; k++) to[k] = scale * number_at(matrix, row, k) + offset;
+}
+
+// A row's numbers: an embedding.
+EXPORT void unpack_row(const Matrix *matrix, int64_t row, float *to) {
+    if (matrix->format == BF16) {
+        const uint8_t *words = word_at(matrix, row, 0);
+        for (int64_t k = 0; k < matrix->columns; k++) {
+            uint16_t half;
+            memcpy(&half, words + k / 2 * PANEL * 4 + k % 2 * 2, 2);
+            to[k] = float_of_bf16(half);
+        }
+        return;
+    }
+    for (int64_t g = 0; g < groups_of(matrix); g++) {
+        const int64_t stop = (g + 1) * GROUP;
+        unpack_group(matrix, row, g, stop < matrix->columns ? stop : matrix->columns, to);
+    }
+}
