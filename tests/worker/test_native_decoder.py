@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,9 +26,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from scheduler.batch import Entry, Kind, StepPlan
 from scheduler.messages import Request, Sampling
+from worker.native.blocks import BlockTable
 from worker.native.config import DecoderConfig, Rope
+from worker.native.cpu.build import NoLibrary, load_library
+from worker.native.cpu.pack import Arena, Kernels, new_matrix
 from worker.native.decoder import Outcome, rope_frequencies, rope_table
-from worker.native.inputs import group_by_length
+from worker.native.inputs import Span, group_by_length
 from worker.native.runner import NativeEngine
 
 GREEDY = Sampling(temperature=0.0)
@@ -283,6 +288,107 @@ def test_yarn_is_that_of_transformers(change: dict[str, Any]) -> None:
     own = DecoderConfig.from_dict({**SMALL, "architectures": ["Qwen2ForCausalLM"], "rope_parameters": scaling})
     assert own.rope.length == pytest.approx(length)
     torch.testing.assert_close(rope_frequencies(own.rope, own.head_dim), frequencies)
+
+
+# --- the C step -------------------------------------------------------------------------------------------------------
+
+# Relative root mean squares of logits, and how far the token that was drawn may lie below the best. Activations are
+# rounded to the format of the weights before each product.
+TOLERANCES = {"bfloat16": (0.02, 0.15), "int8": (0.05, 0.4), "int4": (0.05, 0.4)}
+
+
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
+    try:
+        return load_library()
+    except NoLibrary as error:
+        pytest.skip(str(error))
+
+
+@torch.no_grad()
+def round_weights(model: torch.nn.Module, kernels: Kernels, format: str) -> None:
+    """To what the packed format holds."""
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            matrix = new_matrix(Arena(1 << 20), *parameter.shape, format)
+            kernels.pack(matrix, parameter.data)
+            parameter.copy_(kernels.unpack(matrix))
+
+
+@pytest.mark.parametrize("format", TOLERANCES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_c_step_agrees_with_transformers_in_any_mix(
+    name: str, format: str, tmp_path: Path, library: ctypes.CDLL
+) -> None:
+    model: Any = save_model(name, tmp_path)
+    round_weights(model, Kernels(library, 1), format)
+    blocks_bytes = 26 * engine_block_bytes(tmp_path) // 2
+    engine = NativeEngine.load(tmp_path, "cpu", format, kv_cache_bytes=blocks_bytes, threads=2, library=library)
+    engine._needs_logits = lambda plan: True  # type: ignore[method-assign]
+    seen = record_logits(engine)
+    rng = random.Random(1)
+    prompts = [[rng.randrange(300) for _ in range(length)] for length in (1, 5, 16, 17, 40, 77)]
+    scheduler = RandomScheduler(engine, seed=len(name), prompts=prompts)
+    scheduler.run()
+    assert scheduler.evictions > 0
+    assert engine.free_blocks == engine.num_blocks == 26
+    tolerance, gap = TOLERANCES[format]
+    for running in scheduler.sequences.values():
+        with torch.no_grad():
+            reference = model(torch.tensor([running.tokens])).logits[0, running.prompt_tokens - 1 : -1]
+        tokens = [tuple(running.tokens[:stop]) for stop in range(running.prompt_tokens, len(running.tokens))]
+        logits = torch.stack([seen[known] for known in tokens])
+        assert (logits - reference).norm() < tolerance * reference.norm()
+        drawn = torch.tensor(running.tokens[running.prompt_tokens :])
+        below = reference.amax(-1) - reference.gather(1, drawn[:, None])[:, 0]
+        assert below.max() < gap * reference.std()
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen3", "smollm3-listed-untied-biases"])
+@pytest.mark.parametrize("format", TOLERANCES)
+def test_the_c_step_draws_the_same_tokens_however_steps_are_cut(
+    name: str, format: str, tmp_path: Path, library: ctypes.CDLL
+) -> None:
+    save_model(name, tmp_path)
+    rng = random.Random(1)
+    prompts = [[rng.randrange(300) for _ in range(length)] for length in (1, 5, 16, 17, 40, 77)]
+    told = []
+    for seed, threads in ((1, 1), (2, 3), (3, 4)):
+        engine = NativeEngine.load(tmp_path, "cpu", format, kv_cache_bytes=1 << 20, threads=threads, library=library)
+        scheduler = RandomScheduler(engine, seed=seed, prompts=prompts)
+        scheduler.run()
+        told.append([running.tokens for running in scheduler.sequences.values()])
+    assert told[0] == told[1] == told[2]
+
+
+def test_the_best_token_is_that_of_the_logits(tmp_path: Path, library: ctypes.CDLL) -> None:
+    save_model("llama", tmp_path)
+    engine = NativeEngine.load(tmp_path, "cpu", "bfloat16", kv_cache_bytes=1 << 20, threads=2, library=library)
+    spans = []
+    for length in (3, 20, 1, 40):
+        table = BlockTable()
+        engine._cache.grow(table, length)
+        spans.append(Span(table, 0, [random.Random(length).randrange(300) for _ in range(length)], length != 20))
+    whole, best = (engine._decoder.run(spans, needs_logits) for needs_logits in (True, False))
+    assert whole.delivering == best.delivering == (0, 2, 3)
+    assert whole.logits is not None and best.logits is None
+    assert best.best == whole.logits.argmax(-1).tolist()
+
+
+def test_a_page_that_held_something_that_is_no_number_is_clean_for_its_next_owner(
+    tmp_path: Path, library: ctypes.CDLL
+) -> None:
+    save_model("llama", tmp_path)
+    engine = NativeEngine.load(tmp_path, "cpu", "bfloat16", kv_cache_bytes=1 << 20, threads=2, library=library)
+    with torch.inference_mode():
+        for layer in engine._cache.layers:
+            layer.fill_(torch.nan)
+    for length, key in ((5, 1), (33, 2), (16, 3)):
+        start = (Request(key, 0, list(range(length)), 9, sampling=GREEDY, logprobs=0),)
+        result = engine.run(StepPlan((Entry(key, Kind.PREFILL, 0, length, True),), start))
+        again = engine.run(StepPlan((Entry(key, Kind.DECODE, length, 1, True),)))
+        told = [result.logprobs[key][0], again.logprobs[key][0]]
+        assert all(math.isfinite(row[0][1]) for row in told)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

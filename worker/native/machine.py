@@ -24,15 +24,20 @@ HOPELESS = 1 / 8  # of the best format's rate: one that is emulated
 GAIN_NEEDED = 1.15  # what more threads must gain: they cost other processes their cores
 
 
-def measure_machine(device_name: str, dtype_name: str, weights: Sequence[Tensor] = ()) -> Device:
+def measure_machine(
+    device_name: str, dtype_name: str, weights: Sequence[Tensor] = (), own_flops: float = 0.0
+) -> Device:
     """The highest rates seen. Takes about 2 seconds, 3 where cores are slow. On a CPU: with torch's number of threads.
 
     Names as an engine has them. `weights` are those that a step reads: the level that holds them gets their rate, if it
-    is higher than the probe's. Flops count a multiplication and an addition as two.
+    is higher than the probe's. Flops count a multiplication and an addition as two. `own_flops` are those of an engine
+    whose products are not torch's.
     """
     where = torch.device(device_name)
     levels = _cuda_levels(where) if where.type == "cuda" else _cpu_levels(where)
-    rates = flops_rates(where, dtype_name)
+    rates = flops_rates(where, dtype_name if dtype_name in DTYPES else "float32")
+    if own_flops:
+        rates = {dtype_name: own_flops} | {name: rate for name, rate in rates.items() if name != dtype_name}
     own = weights_bandwidth(weights, where)
     device = Device(
         device_name,
@@ -181,7 +186,9 @@ def choose_threads(
     while len(counts) > 1:
         for count in counts:
             if time.perf_counter() < end or count == counts[0]:
-                best[count] = min(best[count], _step_seconds(step, count, set_threads, budget_seconds / 2 / len(counts)))
+                best[count] = min(
+                    best[count], _step_seconds(step, count, set_threads, budget_seconds / 2 / len(counts))
+                )
         if time.perf_counter() > end:
             break
     chosen = min(count for count in counts if best[count] <= GAIN_NEEDED * min(best.values()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,14 +105,14 @@ class NativeEngine:
         kv_cache_bytes: int = 1 << 30,
         threads: int | None = None,
         packs: bool = True,
-        kernels: Kernels | None = None,
+        library: ctypes.CDLL | None = None,
     ) -> NativeEngine:
         """Reads a checkpoint directory, or makes up weights for a config's file.
 
         ValueError with a sentence that helps for all that cannot work.
 
-        `device`: cpu, cuda or cuda:n. `dtype`: float32, bfloat16 or float16; with `kernels`, which compute in bfloat16
-        and the formats of few bits on a CPU, also int8 or int4. `threads`: on a CPU; None measures whether more than one
+        `device`: cpu, cuda or cuda:n. `dtype`: float32, bfloat16 or float16; with `library`, the C step's, which computes in
+        bfloat16 and the formats of few bits on a CPU, also int8 or int4. `threads`: on a CPU; None measures whether more than one
         pays. `packs`: a second copy of the weights may be made where torch is then faster.
         """
         path = Path(path)
@@ -122,7 +123,8 @@ class NativeEngine:
             torch.set_num_threads(threads)
         decoder: Decoder | CpuDecoder
         with open_checkpoint(path, shape) as checkpoint, LoadingBar() as progress:
-            if kernels is not None and where.type == "cpu" and dtype in BITS:
+            if library is not None and where.type == "cpu" and dtype in BITS:
+                kernels = Kernels(library, threads or available_cpus())
                 packed = load_packed(checkpoint, shape, dtype, kernels, progress)
                 decoder = CpuDecoder(shape, packed, CpuCache(shape, kv_cache_bytes), kernels)
             else:
@@ -227,6 +229,10 @@ class NativeEngine:
     def threads(self) -> int:
         """That compute, on a CPU."""
         return self._decoder.threads
+
+    def own_flops(self) -> float:
+        """Operations per second of its own products, where torch does not compute them; else 0."""
+        return self._decoder.product_flops() if isinstance(self._decoder, CpuDecoder) else 0.0
 
     @property
     def weights(self) -> list[torch.Tensor]:

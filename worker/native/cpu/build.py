@@ -9,7 +9,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 SOURCES = Path(__file__).parent
@@ -29,12 +29,14 @@ AVX512 = {
 COMPILE_SECONDS = 300
 
 
-class NoKernels(Exception):
+class NoLibrary(Exception):
     """There is no compiler, or it fails; the text says which, in one sentence."""
 
 
-def load_kernels(flags: Sequence[str] | None = None, cache: Path | None = None) -> ctypes.CDLL:
-    """The compiled library, from the cache or made now. Raises NoKernels.
+def load_library(
+    flags: Sequence[str] | None = None, cache: Path | None = None, say: Callable[[str], None] = lambda line: None
+) -> ctypes.CDLL:
+    """The compiled library, from the cache or made now. Raises NoLibrary.
 
     `flags` are those of the CPU's instruction set; by default what this one has.
     """
@@ -42,6 +44,7 @@ def load_kernels(flags: Sequence[str] | None = None, cache: Path | None = None) 
     folder = cache or cache_folder(os.environ)
     path = folder / f"step-{digest(machine)}.so"
     if not path.is_file():
+        say(f"compiling the C step for this CPU with {find_compiler(os.environ)}, once: {path}")
         try:
             path = compile_to(path, machine)
         except OSError:  # nobody may write there
@@ -49,7 +52,7 @@ def load_kernels(flags: Sequence[str] | None = None, cache: Path | None = None) 
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise NoKernels(f"{path} cannot be loaded: {error}") from error
+        raise NoLibrary(f"{path} cannot be loaded: {error}") from error
 
 
 def cache_folder(environ: Mapping[str, str]) -> Path:
@@ -84,20 +87,20 @@ def _compile(path: Path, flags: Sequence[str]) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise NoKernels(f"{compiler} cannot be run: {error}") from error
+        raise NoLibrary(f"{compiler} cannot be run: {error}") from error
     if done.returncode:
         said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-200:])
-        raise NoKernels(f"{compiler} fails: {said or f'exit status {done.returncode}'}")
+        raise NoLibrary(f"{compiler} fails: {said or f'exit status {done.returncode}'}")
 
 
 def find_compiler(environ: Mapping[str, str]) -> str:
-    """What CC names, else the first there is. Raises NoKernels."""
+    """What CC names, else the first there is. Raises NoLibrary."""
     if environ.get("CC"):
         return environ["CC"]
     for name in ("cc", "gcc", "clang"):
         if found := shutil.which(name):
             return found
-    raise NoKernels("there is no C compiler (cc, gcc or clang)")
+    raise NoLibrary("there is no C compiler (cc, gcc or clang)")
 
 
 # --- what the CPU has -------------------------------------------------------------------------------------------------

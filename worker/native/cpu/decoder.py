@@ -11,11 +11,13 @@ from torch import Tensor
 
 from worker.native.blocks import BLOCK_TOKENS, PagedCache, blocks_for
 from worker.native.config import DecoderConfig
-from worker.native.cpu.pack import SLACK_BYTES, Kernels, anonymous_memory
+from worker.native.cpu.pack import SLACK_BYTES, Arena, Kernels, anonymous_memory, new_matrix
 from worker.native.cpu.program import Buffer, PackedWeights, build_program
 from worker.native.decoder import Outcome, context_of
 from worker.native.inputs import Span
+from worker.native.machine import PROBE_SECONDS, best_seconds
 
+PROBE_SIZE, PROBE_ROWS, PROBE_TIMES = 1024, 128, 4
 ROWS_AT_FIRST = 64  # that there are buffers for; more are made when a step brings them
 
 
@@ -84,6 +86,13 @@ class CpuDecoder:
             engine = self._new_engine(kernels)
             self._kernels.library.engine_free(self._engine)
             self._kernels, self._engine = kernels, engine
+
+    def product_flops(self) -> float:
+        """Operations per second of products with many rows, at their best."""
+        matrix = new_matrix(Arena(PROBE_SIZE**2 * 2 + 4096), PROBE_SIZE, PROBE_SIZE, self.weights.format)
+        x = torch.ones(PROBE_ROWS, PROBE_SIZE)
+        seconds = best_seconds(lambda: self._kernels.multiply(matrix, x, PROBE_TIMES), self.device, PROBE_SECONDS)
+        return 2 * PROBE_ROWS * PROBE_SIZE**2 * PROBE_TIMES / seconds
 
     def run(self, spans: Sequence[Span], needs_logits: bool = True) -> Outcome:
         """Stores keys and values of all tokens. The outcome's tensors are good until the next call."""

@@ -160,15 +160,17 @@ static void pack_int8_group(const Matrix *matrix, int64_t row, int64_t group, co
 // Sum of squared errors of a group in 4 bits with this scale; beside it the scale that fits these whole numbers best.
 static float int4_error(const float *numbers, float scale, float *better) {
     const float inverse = scale ? 1 / scale : 0;
-    float error = 0, product = 0, square = 0;
-    for (int i = 0; i < GROUP; i++) {
-        const float whole = nearest(numbers[i] * inverse, -8, 7);
-        error += (numbers[i] - scale * whole) * (numbers[i] - scale * whole);
-        product += numbers[i] * whole;
+    vf error = {0}, product = {0}, square = {0};
+    for (int i = 0; i < GROUP; i += LANES) {
+        const vf number = load_floats(numbers + i), most = larger(number * inverse, all_floats(-8));
+        const vf whole = __builtin_convertvector(rounded(-larger(-most, all_floats(-7))), vf);
+        error += (number - scale * whole) * (number - scale * whole);
+        product += number * whole;
         square += whole * whole;
     }
-    *better = square ? product / square : 0;
-    return error;
+    const float squares = sum_of(square);
+    *better = squares ? sum_of(product) / squares : 0;
+    return sum_of(error);
 }
 
 // The best of a few scales around the one that makes the largest number -8: 10 % less squared error than that one alone.

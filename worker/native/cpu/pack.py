@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 PANEL = 32  # rows that are stored, and computed, side by side
@@ -49,7 +50,8 @@ def rounded_up(count: int, unit: int) -> int:
 class Arena:
     """Memory in large pieces that the system may back with huge pages. Cleared, and never given back one by one."""
 
-    def __init__(self) -> None:
+    def __init__(self, chunk_bytes: int = CHUNK_BYTES) -> None:
+        self._chunk_bytes = chunk_bytes
         self._chunk: mmap.mmap | None = None
         self._used_bytes = 0
 
@@ -57,7 +59,7 @@ class Arena:
         """So many bytes, at the beginning of a cache line: [bytes] in uint8."""
         wanted = rounded_up(num_bytes + SLACK_BYTES, LINE_BYTES)
         if self._chunk is None or self._used_bytes + wanted > len(self._chunk):
-            self._chunk = anonymous_memory(max(wanted, CHUNK_BYTES))
+            self._chunk = anonymous_memory(max(wanted, self._chunk_bytes))
             self._used_bytes = 0
         taken = torch.frombuffer(self._chunk, dtype=torch.uint8, count=num_bytes, offset=self._used_bytes)
         self._used_bytes += wanted
@@ -65,7 +67,8 @@ class Arena:
 
 
 def anonymous_memory(num_bytes: int) -> mmap.mmap:
-    memory = mmap.mmap(-1, num_bytes)
+    """Private: what is shared with children gets no huge pages."""
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
@@ -151,6 +154,15 @@ class Kernels:
             0 if offsets is None else offsets.data_ptr(),
         )
 
+    def multiply(self, matrix: Packed, x: Tensor, times: int = 1) -> Tensor:
+        """x [rows, columns] in float32 times the matrix: [rows, rows of the matrix]. The same is done `times` over."""
+        whole = F.pad(x, (0, -matrix.columns % GROUP)).contiguous()
+        product = torch.empty(len(x), rounded_up(matrix.rows, PANEL))
+        pointers = ctypes.byref(matrix.struct), whole.data_ptr(), len(x), product.data_ptr()
+        if not self.library.multiply_rows(self.pool, *pointers, times):
+            raise MemoryError("no memory for a product")
+        return product[:, : matrix.rows]
+
     def unpack(self, matrix: Packed) -> Tensor:
         """What the matrix stands for, in float32 [rows, columns]."""
         unpacked = torch.empty(matrix.rows, matrix.columns)
@@ -168,6 +180,7 @@ def declare(library: ctypes.CDLL) -> None:
         "pack_rows": (ctypes.c_int, [pointer, pointer, pointer]),
         "place_groups": (None, [pointer, number, number, pointer, pointer, pointer]),
         "unpack_row": (None, [pointer, number, pointer]),
+        "multiply_rows": (ctypes.c_bool, [pointer, pointer, pointer, number, pointer, ctypes.c_int]),
         "engine_new": (pointer, [pointer, pointer]),
         "engine_step": (ctypes.c_bool, [pointer, pointer]),
         "engine_free": (None, [pointer]),

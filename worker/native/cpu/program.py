@@ -184,7 +184,9 @@ class _Packer:
         return matrix
 
     def interleaved_vector(self, gate: str, up: str) -> Tensor:
-        halves = [F.pad(self.read(name).float(), (0, -self.checkpoint.shapes[name][0] % HALF_PANEL)) for name in (gate, up)]
+        halves = [
+            F.pad(self.read(name).float(), (0, -self.checkpoint.shapes[name][0] % HALF_PANEL)) for name in (gate, up)
+        ]
         return torch.stack([half.view(-1, HALF_PANEL) for half in halves], 1).flatten().contiguous()
 
     def norm(self, name: str) -> Tensor | None:

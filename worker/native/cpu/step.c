@@ -436,3 +436,36 @@ EXPORT void engine_free(Engine *engine) {
     free(engine->arrived);
     free(engine);
 }
+
+// --- a product alone, to be checked and timed ------------------------------------------------------------------------
+
+typedef struct {
+    Pool *pool;
+    const Matrix *matrix;
+    Prepared prepared;
+    Outlet out;
+    int64_t rows;
+} Product;
+
+static void product_units(void *job, int thread) {
+    (void)thread;
+    const Product *product = job;
+    Phase *phase = product->pool->phases;
+    const int64_t units = panels_of(product->matrix);
+    for (int unit; (unit = claim(phase)) < units; mark_done(phase))
+        multiply(product->matrix, &product->prepared, unit, unit + 1, 0, product->rows, &product->out);
+    wait_until(&phase->done, units);
+}
+
+// to [rows][rows of the matrix in whole panels] = x [rows][columns in whole groups] times the matrix, `times` over.
+EXPORT bool multiply_rows(Pool *pool, const Matrix *matrix, const float *x, int64_t rows, float *to, int times) {
+    Product product = {.pool = pool, .matrix = matrix, .rows = rows};
+    product.out = (Outlet){.epilogue = STORE, .to = to, .stride = panels_of(matrix) * PANEL, .columns = matrix->rows};
+    const int64_t columns = groups_of(matrix) * GROUP;
+    bool is_done = new_prepared(&product.prepared, rows, columns);
+    for (int64_t row = 0; is_done && row < rows; row++) prepare_row(&product.prepared, row, matrix, x + row * columns);
+    while (is_done && times--) is_done = run_together(pool, product_units, &product, 1);
+    wait_until(&pool->inside, 0);
+    free_prepared(&product.prepared);
+    return is_done;
+}
