@@ -157,34 +157,33 @@ static void pack_int8_group(const Matrix *matrix, int64_t row, int64_t group, co
     for (int i = 0; i < GROUP; i++) place_i8(matrix, row, group * GROUP + i, nearest(numbers[i] * inverse, -127, 127));
 }
 
-// Sum of squared errors of a group in 4 bits with this scale; beside it the scale that fits these whole numbers best.
-static float int4_error(const float *numbers, float scale, float *better) {
-    const float inverse = scale ? 1 / scale : 0;
-    vf error = {0}, product = {0}, square = {0};
-    for (int i = 0; i < GROUP; i += LANES) {
-        const vf number = load_floats(numbers + i), most = larger(number * inverse, all_floats(-8));
+#define CANDIDATES 16
+
+// How much of a group's squares is left to the error is least where (sum of x q)^2 / (sum of q^2) is largest, q being x in
+// 4 bits by one of several scales; a lane is a scale. What it grows from there is (sum of x q) / (sum of q^2).
+static void try_scales(const float *numbers, const float *inverses, float *gains, float *scales) {
+    vf products = {0}, squares = all_floats(1e-30f);
+    const vf inverse = load_floats(inverses);
+    for (int i = 0; i < GROUP; i++) {
+        const vf number = all_floats(numbers[i]), most = larger(number * inverse, all_floats(-8));
         const vf whole = __builtin_convertvector(rounded(-larger(-most, all_floats(-7))), vf);
-        error += (number - scale * whole) * (number - scale * whole);
-        product += number * whole;
-        square += whole * whole;
+        products += number * whole;
+        squares += whole * whole;
     }
-    const float squares = sum_of(square);
-    *better = squares ? sum_of(product) / squares : 0;
-    return sum_of(error);
+    store_floats(scales, products / squares);
+    store_floats(gains, products * products / squares);
 }
 
-// The best of a few scales around the one that makes the largest number -8: 10 % less squared error than that one alone.
+// The best of scales that make the largest number -6 … -10: a tenth less squared error than with -8.
 static float int4_scale(const float *numbers) {
-    float largest = 0, chosen = 0, least = INFINITY;
+    float largest = 0, inverses[CANDIDATES], gains[CANDIDATES], scales[CANDIDATES];
     for (int i = 0; i < GROUP; i++) largest = fabsf(numbers[i]) > fabsf(largest) ? numbers[i] : largest;
-    for (int step = -6; step <= 6; step++) {
-        float better, unused;
-        int4_error(numbers, -largest / (8.0f + 0.25f * step), &better);
-        better = float_of_half(half_of(better));
-        const float error = int4_error(numbers, better, &unused);
-        if (error < least) least = error, chosen = better;
-    }
-    return chosen;
+    if (!largest) return 0;
+    for (int i = 0; i < CANDIDATES; i++) inverses[i] = -(6.0f + 0.25f * i) / largest;
+    for (int i = 0; i < CANDIDATES; i += LANES) try_scales(numbers, inverses + i, gains + i, scales + i);
+    int best = 0;
+    for (int i = 1; i < CANDIDATES; i++) best = gains[i] > gains[best] ? i : best;
+    return float_of_half(half_of(scales[best]));
 }
 
 static void pack_int4_group(const Matrix *matrix, int64_t row, int64_t group, const float *numbers) {
