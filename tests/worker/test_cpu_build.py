@@ -97,7 +97,7 @@ def test_a_compiler_that_is_none_is_told(only_compiler: Path, tmp_path: Path) ->
 
 def test_what_a_compiler_made_but_nobody_can_load_is_told(only_compiler: Path, tmp_path: Path) -> None:
     write_script(only_compiler, "exit 0")  # the file stays empty
-    with pytest.raises(NoLibrary, match="cannot be loaded"):
+    with pytest.raises(NoLibrary, match=r"cannot be loaded"):
         load_library([], tmp_path / "kernels")
 
 
@@ -115,7 +115,7 @@ def test_without_a_compiler_torch_computes_and_says_so(only_compiler: Path, monk
 def test_formats_that_only_the_c_step_has_need_it(only_compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_script(only_compiler, "exit 1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(only_compiler.parent))
-    with pytest.raises(ValueError, match="--dtype int4 needs C code compiled at start: .* fails: exit status 1"):
+    with pytest.raises(ValueError, match=r"--dtype int4 needs C code compiled at start: .* fails: exit status 1"):
         native_build.load(find_model("headgate-demo"), "demo", WorkerConfig(dtype="int4", device="cpu"))
 
 

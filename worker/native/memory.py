@@ -27,7 +27,7 @@ CPU_SHARE = 0.25  # of the memory that the weights leave, for the KV cache
 CUDA_SHARE = 0.85
 PACKING_SHARE = 0.5  # of what two copies of the weights leave; where the cache takes more, there is one copy
 FULL_CONTEXTS = 64  # more than so many full sequences of KV cache help nobody on a CPU
-PACKED_DTYPE = "bfloat16"  # of weights of 16 bits, where the C step computes
+PACKED_DTYPE = "int8"  # of weights of 16 bits, where the C step computes: see the test of its perplexity
 USEFUL_CONTEXT_TOKENS = 2048  # with room for less, or than the model's own context, nobody is served
 
 
