@@ -16,6 +16,7 @@ from scheduler.batch import Entry, Kind, StepPlan
 from scheduler.messages import Logprobs, Request, Sampling
 from worker.engine import Engine
 from worker.native.config import DecoderConfig
+from worker.native.cpu.build import NoLibrary, load_library
 from worker.native.decoder import Outcome
 from worker.native.inputs import Span
 from worker.native.loader import tensor_shapes
@@ -47,9 +48,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def engine(checkpoint: Path) -> NativeEngine:
-    return NativeEngine.load(checkpoint, "cpu", kv_cache_bytes=30 * BLOCK_BYTES + 5, threads=1)
+@pytest.fixture(params=["torch", "the C step"])
+def engine(checkpoint: Path, request: pytest.FixtureRequest) -> NativeEngine:
+    if request.param == "torch":
+        return NativeEngine.load(checkpoint, "cpu", kv_cache_bytes=30 * BLOCK_BYTES + 5, threads=1)
+    try:
+        library = load_library()
+    except NoLibrary as error:
+        pytest.skip(str(error))
+    kv_cache_bytes = 30 * BLOCK_BYTES // 2 + 5
+    return NativeEngine.load(checkpoint, "cpu", "bfloat16", kv_cache_bytes, threads=2, library=library)
 
 
 def request(key: int, prompt: list[int], seed: int = 0, temperature: float = 1.0) -> Request:
@@ -70,6 +78,7 @@ def decode(engine: Engine, lengths: dict[int, int], steps: int) -> dict[int, lis
     return tokens
 
 
+@pytest.mark.parametrize("engine", ["torch"], indirect=True)
 def test_attributes_describe_what_was_loaded(engine: NativeEngine) -> None:
     parameters = sum(torch.Size(shape).numel() for shape in tensor_shapes(DecoderConfig.from_dict(CONFIG)).values())
     assert engine.config == CONFIG

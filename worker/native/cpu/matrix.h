@@ -121,40 +121,49 @@ static bool is_finite(const float *numbers, int64_t count) {
     return largest < 0x7f800000;
 }
 
-static void pack_bf16(const Matrix *matrix, int64_t row, const float *numbers) {
+// `line` is in whole groups.
+static void pack_bf16(const Matrix *matrix, int64_t row, const float *line) {
     uint8_t *to = word_at(matrix, row, 0);
-    for (int64_t k = 0; k < matrix->columns; k++) {
-        const uint16_t half = bf16_of(numbers[k]);
-        memcpy(to + k / 2 * PANEL * 4 + k % 2 * 2, &half, 2);
+    for (int64_t k = 0; k < groups_of(matrix) * GROUP; k += LANES) {
+        uint16_t halves[LANES];
+        store_bf16(halves, load_floats(line + k));
+        for (int i = 0; i < LANES; i += 2) memcpy(to + (k + i) / 2 * PANEL * 4, halves + i, 4);
     }
 }
 
-static void place_i8(const Matrix *matrix, int64_t row, int64_t column, int number) {
-    word_at(matrix, row, column)[column % 4] = number + 128;
+// A group as it is stored: 8 bits each, or 4 of them.
+static void place_group(const Matrix *matrix, int64_t row, int64_t group, const uint8_t *stored) {
+    uint8_t *to = word_at(matrix, row, group * GROUP), four[4];
+    for (int word = 0; matrix->format == INT8 && word < GROUP / 4; word++) memcpy(to + word * PANEL * 4, stored + word * 4, 4);
+    for (int word = 0; matrix->format == INT4 && word < GROUP / 8; word++) {
+        for (int i = 0; i < 4; i++) four[i] = stored[word * 8 + i] | stored[word * 8 + 4 + i] << 4;
+        memcpy(to + word * PANEL * 4, four, 4);
+    }
 }
 
-static void place_u4(const Matrix *matrix, int64_t row, int64_t column, int number) {
-    uint8_t *byte = word_at(matrix, row, column) + column % 4;
-    const int shift = column % 8 < 4 ? 0 : 4;
-    *byte = (*byte & ~(15 << shift)) | number << shift;
+// line * inverse as whole numbers from -most - 1 … most, with what is stored for 0 added.
+static void place_rounded(const Matrix *matrix, int64_t row, int64_t group, const float *line, float inverse, int most,
+                          int zero) {
+    uint8_t stored[GROUP];
+    for (int i = 0; i < GROUP; i += LANES) {
+        const vf number = larger(load_floats(line + i) * inverse, all_floats(-1 - most));
+        const vbyte bytes = __builtin_convertvector(rounded(-larger(-number, all_floats(-most))) + zero, vbyte);
+        memcpy(stored + i, &bytes, sizeof bytes);
+    }
+    place_group(matrix, row, group, stored);
 }
 
-INLINE int nearest(float number, int least, int most) {
-    const long whole = lrintf(number);
-    return whole < least ? least : whole > most ? most : whole;
-}
-
-INLINE float largest_size(const float *numbers, int count) {
-    float largest = 0;
-    for (int i = 0; i < count; i++) largest = fmaxf(largest, fabsf(numbers[i]));
-    return largest;
+static float largest_size(const float *numbers) {
+    vf largest = {0};
+    for (int i = 0; i < GROUP; i += LANES) largest = larger(largest, absolute(load_floats(numbers + i)));
+    return largest_of(largest);
 }
 
 static void pack_int8_group(const Matrix *matrix, int64_t row, int64_t group, const float *numbers) {
-    const uint16_t half = half_of(largest_size(numbers, GROUP) / 127);
-    const float scale = float_of_half(half), inverse = scale ? 1 / scale : 0;
+    const uint16_t half = half_of(largest_size(numbers) / 127);
+    const float scale = float_of_half(half);
     matrix->scales[scale_at(matrix, row, group)] = half;
-    for (int i = 0; i < GROUP; i++) place_i8(matrix, row, group * GROUP + i, nearest(numbers[i] * inverse, -127, 127));
+    place_rounded(matrix, row, group, numbers, scale ? 1 / scale : 0, 127, 128);
 }
 
 #define CANDIDATES 16
@@ -187,9 +196,9 @@ static float int4_scale(const float *numbers) {
 }
 
 static void pack_int4_group(const Matrix *matrix, int64_t row, int64_t group, const float *numbers) {
-    const float scale = int4_scale(numbers), inverse = scale ? 1 / scale : 0;
+    const float scale = int4_scale(numbers);
     matrix->scales[scale_at(matrix, row, group)] = half_of(scale);
-    for (int i = 0; i < GROUP; i++) place_u4(matrix, row, group * GROUP + i, nearest(numbers[i] * inverse, -8, 7) + 8);
+    place_rounded(matrix, row, group, numbers, scale ? 1 / scale : 0, 7, 8);
 }
 
 static void pack_row(Packing *packing, int64_t row, float *line) {
@@ -231,16 +240,17 @@ EXPORT int pack_rows(Pool *pool, Matrix *matrix, const Source *source) {
 // Rows that are in groups of few bits already, as they are: `numbers` as q (or 0 … 15 where four bits have offsets).
 EXPORT void place_groups(Matrix *matrix, int64_t first, int64_t rows, const int8_t *numbers, const uint16_t *scales,
                          const uint16_t *offsets) {
-    const int64_t groups = groups_of(matrix);
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t column = 0; column < matrix->columns; column++) {
-            const int number = numbers[row * matrix->columns + column];
-            const int64_t at = scale_at(matrix, first + row, column / GROUP), from = row * groups + column / GROUP;
-            if (matrix->format == INT8) place_i8(matrix, first + row, column, number);
-            else place_u4(matrix, first + row, column, matrix->offsets ? number : number + 8);
-            matrix->scales[at] = scales[from];
-            if (matrix->offsets) matrix->offsets[at] = offsets[from];
-        }
+    const int64_t groups = groups_of(matrix), columns = matrix->columns;
+    const int zero = matrix->format == INT8 ? 128 : matrix->offsets ? 0 : 8;
+    for (int64_t at = 0; at < rows * groups; at++) {
+        const int64_t row = at / groups, group = at % groups, to = scale_at(matrix, first + row, group);
+        uint8_t stored[GROUP] = {0};
+        for (int64_t i = 0; i < GROUP && group * GROUP + i < columns; i++)
+            stored[i] = numbers[row * columns + group * GROUP + i] + zero;
+        place_group(matrix, first + row, group, stored);
+        matrix->scales[to] = scales[at];
+        if (matrix->offsets) matrix->offsets[to] = offsets[at];
+    }
 }
 
 // --- unpacking -------------------------------------------------------------------------------------------------------
