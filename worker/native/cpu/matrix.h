@@ -11,6 +11,7 @@
 
 #define PANEL 32
 #define GROUP 32
+#define PIECE 512  // columns of a row that are packed at a time
 #define EXPORT __attribute__((visibility("default")))
 
 enum { BF16, INT8, INT4 };
@@ -91,16 +92,15 @@ typedef struct {
     Pool *pool;
     Matrix *matrix;
     Source source;
-    atomic_int faults;  // rows with NaN or infinite numbers
-    atomic_int is_short;
+    atomic_int faults;  // pieces of rows with NaN or infinite numbers
 } Packing;
 
 INLINE int64_t packed_row(const Source *source, int64_t row) {
     return source->first + (source->interleaved ? row / 16 * PANEL + row % 16 : row);
 }
 
-static void read_row(const Source *source, int64_t row, float *to, int64_t columns) {
-    const int64_t start = row * source->stride;
+static void read_row(const Source *source, int64_t row, int64_t first, int64_t columns, float *to) {
+    const int64_t start = row * source->stride + first;
     if (source->kind == FROM_FLOAT32) memcpy(to, (const float *)source->from + start, columns * sizeof(float));
     const uint16_t *halves = (const uint16_t *)source->from + start;
     if (source->kind == FROM_BFLOAT16)
@@ -121,14 +121,11 @@ static bool is_finite(const float *numbers, int64_t count) {
     return largest < 0x7f800000;
 }
 
-// `line` is in whole groups.
-static void pack_bf16(const Matrix *matrix, int64_t row, const float *line) {
-    uint8_t *to = word_at(matrix, row, 0);
-    for (int64_t k = 0; k < groups_of(matrix) * GROUP; k += LANES) {
-        uint16_t halves[LANES];
-        store_bf16(halves, load_floats(line + k));
-        for (int i = 0; i < LANES; i += 2) memcpy(to + (k + i) / 2 * PANEL * 4, halves + i, 4);
-    }
+static void pack_bf16_group(const Matrix *matrix, int64_t row, int64_t group, const float *numbers) {
+    uint8_t *to = word_at(matrix, row, group * GROUP);
+    uint16_t halves[GROUP];
+    for (int i = 0; i < GROUP; i += LANES) store_bf16(halves + i, load_floats(numbers + i));
+    for (int i = 0; i < GROUP; i += 2) memcpy(to + i / 2 * PANEL * 4, halves + i, 4);
 }
 
 // A group as it is stored: 8 bits each, or 4 of them.
@@ -201,38 +198,44 @@ static void pack_int4_group(const Matrix *matrix, int64_t row, int64_t group, co
     place_rounded(matrix, row, group, numbers, scale ? 1 / scale : 0, 7, 8);
 }
 
-static void pack_row(Packing *packing, int64_t row, float *line) {
+static void (*const pack_group[])(const Matrix *matrix, int64_t row, int64_t group, const float *numbers) = {
+    pack_bf16_group,
+    pack_int8_group,
+    pack_int4_group,
+};
+
+// PIECE columns of a row, or what is left of it.
+static void pack_piece(Packing *packing, int64_t row, int64_t first) {
     const Matrix *matrix = packing->matrix;
-    const int64_t to = packed_row(&packing->source, row);
-    read_row(&packing->source, row, line, matrix->columns);
-    if (!is_finite(line, matrix->columns)) atomic_fetch_add(&packing->faults, 1);
-    if (matrix->format == BF16) pack_bf16(matrix, to, line);
-    for (int64_t g = 0; matrix->format != BF16 && g < groups_of(matrix); g++)
-        (matrix->format == INT8 ? pack_int8_group : pack_int4_group)(matrix, to, g, line + g * GROUP);
+    const int64_t left = matrix->columns - first, columns = left < PIECE ? left : PIECE, to = packed_row(&packing->source, row);
+    _Alignas(LINE_BYTES) float line[PIECE];
+    read_row(&packing->source, row, first, columns, line);
+    if (!is_finite(line, columns)) atomic_fetch_add(&packing->faults, 1);
+    memset(line + columns, 0, (rounded_up(columns, GROUP) - columns) * sizeof *line);
+    for (int64_t at = 0; at < columns; at += GROUP) pack_group[matrix->format](matrix, to, (first + at) / GROUP, line + at);
 }
 
+// A panel's rows piece by piece: the lines that all of them write to are then still in the first cache.
 static void pack_units(void *job, int thread) {
     (void)thread;
     Packing *packing = job;
     Phase *phase = packing->pool->phases;
     const int64_t rows = packing->source.rows, units = (rows + PANEL - 1) / PANEL;
-    float *line = new_lines(groups_of(packing->matrix) * GROUP * sizeof(float));
-    if (!line) atomic_store(&packing->is_short, 1);
     for (int unit; (unit = claim(phase)) < units; mark_done(phase))
-        for (int64_t row = unit * PANEL; line && row < (unit + 1) * PANEL && row < rows; row++) pack_row(packing, row, line);
-    free(line);
+        for (int64_t first = 0; first < packing->matrix->columns; first += PIECE)
+            for (int64_t row = unit * PANEL; row < (unit + 1) * PANEL && row < rows; row++) pack_piece(packing, row, first);
     wait_until(&phase->done, units);
 }
 
-// Packs rows of a tensor, in all threads. The matrix's memory was cleared. Returns how many rows have numbers that are
-// none, or -1 where memory ran out.
+// Packs rows of a tensor, in all threads. The matrix's memory was cleared. Returns in how many pieces of rows there are
+// numbers that are none, or -1 where memory ran out.
 EXPORT int pack_rows(Pool *pool, Matrix *matrix, const Source *source) {
     Packing *packing = calloc(1, sizeof *packing);
     if (!packing) return -1;
     *packing = (Packing){.pool = pool, .matrix = matrix, .source = *source};
     const bool is_done = run_together(pool, pack_units, packing, 1);
     wait_until(&pool->inside, 0);  // before the job they look at is gone
-    const int faults = !is_done || packing->is_short ? -1 : packing->faults;
+    const int faults = is_done ? packing->faults : -1;
     free(packing);
     return faults;
 }

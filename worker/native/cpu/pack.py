@@ -124,7 +124,7 @@ class Kernels:
             self.library.pool_free(self.pool)
 
     def pack(self, matrix: Packed, source: Tensor, first: int = 0, is_interleaved: bool = False) -> int:
-        """Packs source [rows, columns] into the matrix's rows from `first` on. Returns in how many of them a number is none.
+        """Packs source [rows, columns] into the matrix's rows from `first` on. Returns 0 if all numbers are finite.
 
         Interleaved, 16 rows of source and 16 of another tensor make a panel: `first` is then 0 or 16.
         """
