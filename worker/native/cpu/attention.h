@@ -1,21 +1,26 @@
 // Rotary positions, keys and values in pages, and attention over them.
 //
-// A page holds 16 tokens of one KV head, both parts ready for products of pairs of bfloat16:
+// A page holds the keys or the values of 16 tokens and one KV head, ready for products of pairs of bfloat16:
 //     keys   [head_dim / 2][16 tokens][2]: a lane is a token
 //     values [8 pairs of tokens][head_dim][2]: a lane is a dimension
-// and a layer's pages lie block by block, in each the KV heads one after the other.
+// and a layer is [kv_heads][keys, values][blocks] of them: of a sequence whose blocks lie in a row, each is one long read.
 
 #pragma once
 #include "matrix.h"
 
 #define PAGE 16
 #define QUERIES 8                // that look at a page at a time
+#if LANES == 8
+#define ABREAST 2                // vectors of dimensions at a time, for so many queries; half of them for more
+#else
+#define ABREAST 4
+#endif
 #define SEGMENT 256              // tokens whose scores exist at a time
 #define PART_PAGES 64            // a lone token's context is cut into parts of at least so many, for several threads
 #define HIDDEN_SCORE (-1e30f)
 
 typedef struct {
-    int32_t heads, kv_heads, head_dim;
+    int32_t heads, kv_heads, head_dim, num_blocks;
     float eps, scale;           // of the scores
     const float *frequencies;   // radians per position [head_dim / 2]
     float length;               // of rotated vectors
@@ -52,7 +57,12 @@ INLINE int64_t partial_bytes(const Heads *heads) {
     return rounded_up(sizeof(Partial) + QUERIES * padded_dim(heads) * sizeof(float), LINE_BYTES);
 }
 
-INLINE int64_t page_numbers(const Heads *heads) { return 2 * PAGE * heads->head_dim; }
+// Numbers from a layer's beginning to a block's page of keys; that of its values lies `values_apart` behind it.
+INLINE int64_t page_offset(const Heads *heads, int kv_head, int64_t block) {
+    return ((int64_t)kv_head * 2 * heads->num_blocks + block) * PAGE * heads->head_dim;
+}
+
+INLINE int64_t values_apart(const Heads *heads) { return (int64_t)heads->num_blocks * PAGE * heads->head_dim; }
 
 static bool new_attending(Attending *attending, const Heads *heads) {
     attending->queries = new_lines(QUERIES * heads->head_dim * 2);
@@ -102,18 +112,18 @@ static void ready_head(const Heads *heads, float *head, const float *norm, const
     if (turns) rotate(head, turns, heads->head_dim / 2);
 }
 
-static void store_key(const Heads *heads, uint16_t *page, int slot, const float *key) {
-    for (int i = 0; i < heads->head_dim; i++) page[(i / 2 * PAGE + slot) * 2 + i % 2] = bf16_of(key[i]);
+static void store_key(const Heads *heads, uint16_t *keys, int slot, const float *key) {
+    for (int i = 0; i < heads->head_dim; i++) keys[(i / 2 * PAGE + slot) * 2 + i % 2] = bf16_of(key[i]);
 }
 
-static void store_value(const Heads *heads, uint16_t *page, int slot, const float *value) {
-    uint16_t *values = page + (PAGE + slot / 2 * 2) * heads->head_dim + slot % 2;
+static void store_value(const Heads *heads, uint16_t *values, int slot, const float *value) {
+    values += slot / 2 * 2 * heads->head_dim + slot % 2;
     for (int i = 0; i < heads->head_dim; i++) values[i * 2] = bf16_of(value[i]);
 }
 
 // The slots of a page behind this one. What lies there is multiplied with a share of zero, which NaN would survive.
-static void clear_after(const Heads *heads, uint16_t *page, int slot) {
-    uint16_t *values = page + (PAGE + slot / 2 * 2) * heads->head_dim;
+static void clear_after(const Heads *heads, uint16_t *values, int slot) {
+    values += slot / 2 * 2 * heads->head_dim;
     for (int i = 0; slot % 2 == 0 && i < heads->head_dim; i++) values[i * 2 + 1] = 0;
     const int pairs = PAGE / 2 - slot / 2 - 1;
     memset(values + 2 * heads->head_dim, 0, pairs * 2 * heads->head_dim * sizeof *values);
@@ -122,14 +132,14 @@ static void clear_after(const Heads *heads, uint16_t *page, int slot) {
 // A row's q, k, v [heads + 2 * kv_heads][head_dim] as far as a KV head is concerned: makes its queries and key ready, and
 // stores key and value.
 static void ready_group(const Heads *heads, float *qkv, int kv_head, const float *norms, const float *turns,
-                        uint16_t *page, int slot) {
+                        uint16_t *keys, int slot) {
     const int shared = heads->heads / heads->kv_heads, dim = heads->head_dim;
     for (int head = kv_head * shared; head < (kv_head + 1) * shared; head++)
         ready_head(heads, qkv + head * dim, norms ? norms + head * dim : NULL, turns);
     const int key = heads->heads + kv_head;
     ready_head(heads, qkv + key * dim, norms ? norms + key * dim : NULL, turns);
-    store_key(heads, page, slot, qkv + key * dim);
-    store_value(heads, page, slot, qkv + (key + heads->kv_heads) * dim);
+    store_key(heads, keys, slot, qkv + key * dim);
+    store_value(heads, keys + values_apart(heads), slot, qkv + (key + heads->kv_heads) * dim);
 }
 
 // --- attention -------------------------------------------------------------------------------------------------------
@@ -160,10 +170,11 @@ INLINE int first_token(const Scene *scene, int query) {
     return scene->window && seen > 0 ? seen : 0;
 }
 
-INLINE const uint16_t *page_at(const Scene *scene, int page) {
-    const int64_t at = (int64_t)scene->blocks[page] * scene->heads->kv_heads + scene->kv_head;
-    return scene->pages + at * page_numbers(scene->heads);
+INLINE const uint16_t *keys_at(const Scene *scene, int page) {
+    return scene->pages + page_offset(scene->heads, scene->kv_head, scene->blocks[page]);
 }
+
+INLINE const uint16_t *values_at(const Scene *scene, int page) { return keys_at(scene, page) + values_apart(scene->heads); }
 
 static void take_queries(const Scene *scene, const Task *task, uint16_t *to) {
     const int dim = scene->heads->head_dim;
@@ -174,16 +185,21 @@ static void take_queries(const Scene *scene, const Task *task, uint16_t *to) {
     }
 }
 
-// Scores of a page's 16 tokens, a segment's row apart.
+// Scores of a page's 16 tokens, a segment's row apart. Two sums for each, since a sum waits for the one before it.
 INLINE void score_page(const uint16_t *keys, const uint16_t *queries, int dim, float scale, const int count, float *scores) {
     for (int first = 0; first < PAGE; first += LANES) {
-        vf sums[QUERIES];
-        UNROLL for (int i = 0; i < count; i++) sums[i] = (vf){0};
-        for (int d = 0; d < dim; d += 2) {
-            const vi key = load_ints(keys + (d / 2 * PAGE + first) * 2);
-            UNROLL for (int i = 0; i < count; i++) sums[i] = dot_bf16(sums[i], key, all_words(queries + i * dim + d));
+        vf even[QUERIES], odd[QUERIES];
+        const uint16_t *key = keys + first * 2;
+        UNROLL for (int i = 0; i < count; i++) even[i] = odd[i] = (vf){0};
+        for (int d = 0; d + 4 <= dim; d += 4, key += 4 * PAGE) {
+            const vi one = load_ints(key), two = load_ints(key + 2 * PAGE);
+            UNROLL for (int i = 0; i < count; i++) even[i] = dot_bf16(even[i], one, all_words(queries + i * dim + d));
+            UNROLL for (int i = 0; i < count; i++) odd[i] = dot_bf16(odd[i], two, all_words(queries + i * dim + d + 2));
         }
-        UNROLL for (int i = 0; i < count; i++) store_floats(scores + i * SEGMENT + first, sums[i] * scale);
+        if (dim % 4)
+            UNROLL for (int i = 0; i < count; i++)
+                even[i] = dot_bf16(even[i], load_ints(key), all_words(queries + i * dim + dim - 2));
+        UNROLL for (int i = 0; i < count; i++) store_floats(scores + i * SEGMENT + first, (even[i] + odd[i]) * scale);
     }
 }
 
@@ -212,41 +228,45 @@ static float shares_of(float *scores, int tokens, float *largest, float *sum, ui
     return shrinks;
 }
 
-// found = shrinks * found + shares times values, for one vector of dimensions.
+// found = shrinks * found + shares times values, for so many vectors of dimensions side by side.
 INLINE void add_values(const Scene *scene, int page, int pages, int dim, const uint16_t *shares, const float *shrinks,
-                       const int count, float *found) {
-    const int width = scene->heads->head_dim;
-    vf sums[QUERIES];
-    UNROLL for (int i = 0; i < count; i++) sums[i] = load_floats(found + i * padded_dim(scene->heads) + dim) * shrinks[i];
+                       const int count, const int abreast, float *found) {
+    const int width = scene->heads->head_dim, apart = padded_dim(scene->heads);
+    vf sums[QUERIES][ABREAST];
+    UNROLL for (int i = 0; i < count; i++)
+        UNROLL for (int v = 0; v < abreast; v++) sums[i][v] = load_floats(found + i * apart + dim + v * LANES) * shrinks[i];
     for (int p = 0; p < pages; p++, shares += PAGE) {
-        const uint16_t *values = page_at(scene, page + p) + PAGE * width + dim * 2;
-        UNROLL for (int pair = 0; pair < PAGE / 2; pair++) {
-            const vi two = load_ints(values + pair * width * 2);
-            UNROLL for (int i = 0; i < count; i++) sums[i] = dot_bf16(sums[i], two, all_words(shares + i * SEGMENT + pair * 2));
+        const uint16_t *values = values_at(scene, page + p) + dim * 2;
+        for (int pair = 0; pair < PAGE / 2; pair++, values += width * 2) {
+            vi two[ABREAST];
+            UNROLL for (int v = 0; v < abreast; v++) two[v] = load_ints(values + v * LANES * 2);
+            UNROLL for (int i = 0; i < count; i++) {
+                const vi share = all_words(shares + i * SEGMENT + pair * 2);
+                UNROLL for (int v = 0; v < abreast; v++) sums[i][v] = dot_bf16(sums[i][v], two[v], share);
+            }
         }
     }
-    UNROLL for (int i = 0; i < count; i++) store_floats(found + i * padded_dim(scene->heads) + dim, sums[i]);
+    UNROLL for (int i = 0; i < count; i++)
+        UNROLL for (int v = 0; v < abreast; v++) store_floats(found + i * apart + dim + v * LANES, sums[i][v]);
 }
 
 INLINE void attend_segment(const Scene *scene, const Task *task, Attending *own, int page, int pages, const int count,
                            Partial *into) {
     const Heads *heads = scene->heads;
-    const int64_t bytes = page_numbers(heads);  // half of a page's, in bytes
-    prefetch(page_at(scene, page), bytes);
-    for (int p = 0; p < pages; p++) {
-        const uint16_t *keys = page_at(scene, page + p);
-        if (p + 1 < pages) prefetch(page_at(scene, page + p + 1), bytes);
-        prefetch((const char *)keys + bytes, bytes);
-        score_page(keys, own->queries, heads->head_dim, heads->scale, count, own->scores + p * PAGE);
-    }
+    for (int p = 0; p < pages; p++)
+        score_page(keys_at(scene, page + p), own->queries, heads->head_dim, heads->scale, count, own->scores + p * PAGE);
     const int first = page * PAGE, tokens = pages * PAGE;
     if (first + tokens > stop_token(scene, task->query) || first < first_token(scene, task->query + count - 1))
         hide(scene, task, first, tokens, own->scores);
     float shrinks[QUERIES];
     for (int i = 0; i < count; i++)
         shrinks[i] = shares_of(own->scores + i * SEGMENT, tokens, &into->largest[i], &into->sum[i], own->shares + i * SEGMENT);
-    for (int dim = 0; dim < heads->head_dim; dim += LANES)
-        add_values(scene, page, pages, dim, own->shares, shrinks, count, into->found);
+    const int abreast = count > ABREAST ? ABREAST / 2 : ABREAST;  // as many sums as there are registers
+    int dim = 0;
+    for (; dim + abreast * LANES <= heads->head_dim; dim += abreast * LANES)
+        add_values(scene, page, pages, dim, own->shares, shrinks, count, abreast, into->found);
+    for (; dim < heads->head_dim; dim += LANES)
+        add_values(scene, page, pages, dim, own->shares, shrinks, count, 1, into->found);
 }
 
 INLINE void attend_pages(const Scene *scene, const Task *task, Attending *own, const int count, Partial *into) {

@@ -37,7 +37,7 @@ class CBatch(ctypes.Structure):
 
 
 class CpuCache(PagedCache):
-    """As `PagedCache`, in the pages that attention.h describes: per layer [blocks, kv_heads, keys and values]."""
+    """As `PagedCache`, in the pages that attention.h describes: per layer [kv_heads, keys and values, blocks]."""
 
     def __init__(self, config: DecoderConfig, capacity_bytes: int) -> None:
         super().__init__(config, capacity_bytes, torch.device("cpu"), torch.bfloat16)
@@ -46,7 +46,7 @@ class CpuCache(PagedCache):
         per_layer = self.num_blocks * self.block_bytes // config.layers
         memory = anonymous_memory(config.layers * per_layer + SLACK_BYTES)
         pool = torch.frombuffer(memory, dtype=dtype, count=config.layers * per_layer // dtype.itemsize)
-        self.layers = list(pool.view(config.layers, self.num_blocks, -1).unbind(0))
+        self.layers = list(pool.view(config.layers, -1).unbind(0))
 
     def clear_new(self) -> None:
         """Nothing: a page is cleared when its first token is stored."""
@@ -64,7 +64,7 @@ class CpuDecoder:
         self.cache = cache
         self.context_tokens = context_of(config, cache)
         self.dtype_name = weights.format
-        self._program = build_program(config, weights, cache.layers)
+        self._program = build_program(config, weights, cache.layers, cache.num_blocks)
         self._kernels = kernels
         self._engine = self._new_engine(kernels)
         self._x = self._buffer(Buffer.X, ROWS_AT_FIRST)

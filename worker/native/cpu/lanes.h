@@ -162,7 +162,3 @@ static void *new_lines(int64_t bytes) {
     void *made = aligned_alloc(LINE_BYTES, size);
     return made ? memset(made, 0, size) : NULL;
 }
-
-INLINE void prefetch(const void *from, int64_t bytes) {
-    for (int64_t at = 0; at < bytes; at += LINE_BYTES) __builtin_prefetch((const char *)from + at);
-}

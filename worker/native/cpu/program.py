@@ -38,6 +38,7 @@ class CHeads(ctypes.Structure):
         ("heads", ctypes.c_int32),
         ("kv_heads", ctypes.c_int32),
         ("head_dim", ctypes.c_int32),
+        ("num_blocks", ctypes.c_int32),
         ("eps", ctypes.c_float),
         ("scale", ctypes.c_float),
         ("frequencies", ctypes.c_void_p),
@@ -232,8 +233,8 @@ class Program:
     kept: list[object] = field(default_factory=list)
 
 
-def build_program(config: DecoderConfig, weights: PackedWeights, pages: Sequence[Tensor]) -> Program:
-    """`pages`: of each layer's keys and values."""
+def build_program(config: DecoderConfig, weights: PackedWeights, pages: Sequence[Tensor], num_blocks: int) -> Program:
+    """`pages`: of each layer's keys and values, in so many blocks."""
     windows = list(dict.fromkeys(config.windows))
     ops = [_embed(weights.embedding)]
     for index, layer in enumerate(weights.layers):
@@ -245,6 +246,7 @@ def build_program(config: DecoderConfig, weights: PackedWeights, pages: Sequence
         config.heads,
         config.kv_heads,
         config.head_dim,
+        num_blocks,
         config.eps,
         config.head_dim**-0.5,
         frequencies.data_ptr(),

@@ -185,10 +185,10 @@ static void ready_row(Engine *engine, const Op *op, int row, int kv_head) {
     const Span *span = &engine->spans[engine->span_of[row]];
     const int position = span->position + row - span->row;
     const int64_t block = engine->batch.blocks[span->table + position / PAGE];
-    uint16_t *page = op->pages + (block * heads->kv_heads + kv_head) * page_numbers(heads);
+    uint16_t *keys = op->pages + page_offset(heads, kv_head, block);
     const float *turns = op->rotates ? engine->turns + (int64_t)row * heads->head_dim : NULL;
-    ready_group(heads, row_of(engine, QKV, row), kv_head, op->qk_norm, turns, page, position % PAGE);
-    if (begins_page(span, row, position)) clear_after(heads, page, position % PAGE);
+    ready_group(heads, row_of(engine, QKV, row), kv_head, op->qk_norm, turns, keys, position % PAGE);
+    if (begins_page(span, row, position)) clear_after(heads, keys + values_apart(heads), position % PAGE);
 }
 
 static void store_kv_unit(Engine *engine, Thread *thread, const Op *op, int row) {
