@@ -22,7 +22,7 @@ HALF_PANEL = PANEL // 2
 
 
 class Kind(IntEnum):
-    EMBED, LINEAR, STORE_KV, ATTEND = range(4)
+    EMBED, LINEAR, ATTEND = range(3)
 
 
 class Buffer(IntEnum):

@@ -9,7 +9,7 @@
 #define UNIT_BYTES (256 << 10)   // of weights that a thread claims at a time
 #define BLOCK_BYTES (512 << 10)  // of activations that stay in a second-level cache while panels pass by
 
-enum { EMBED, LINEAR, STORE_KV, ATTEND };
+enum { EMBED, LINEAR, ATTEND };
 enum { X, QKV, ATTENDED, INNER, LOGITS, BUFFERS };  // [rows][numbers in whole panels]
 
 typedef struct {
