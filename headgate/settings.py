@@ -189,10 +189,10 @@ OPTIONS = {
         Option(
             "dtype",
             "NAME",
-            _one_of("auto", "float32", "bfloat16", "float16"),
+            _one_of("auto", "float32", "bfloat16", "float16", "int8", "int4"),
             "auto",
-            "The number format of weights and KV cache. auto is the checkpoint's own; on a CPU bfloat16 for any of 16 bits, "
-            "but float32 where the weights fit a cache or the CPU has no fast arithmetic of 16 bits.",
+            "The number format of weights and KV cache. auto is the checkpoint's own; on a CPU int8 for any of 16 bits. int8 "
+            "and int4 are for a CPU with a C compiler; without one, auto is bfloat16 or float32, whichever is faster there.",
             WORKERS,
         ),
         Option(

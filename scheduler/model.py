@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
+# Of a weight. In the formats of few bits, groups of 32 share a scale of 2 bytes.
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1.0625, "int4": 0.5625}
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from worker.tokenizer import TokenizerFiles, read_tokenizer
 
 SOLO_CONTEXT = 256  # tokens of context at which UTPS is stated
 COALESCE_SECONDS = 0.005
-SHORT_NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+SHORT_NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int8": "i8", "int4": "i4"}
 
 
 class StartFailed(Exception):
@@ -86,7 +86,7 @@ def _build_native(config: WorkerConfig) -> Built:
 
     began = time.monotonic()
     with enough_memory(name):
-        native = load(model, name, config)
+        native = load(model, name, config, stage)
     engine = native.engine
     copies = f" x {native.copies}" if native.copies > 1 else ""
     stage(

@@ -157,7 +157,7 @@ def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
         ("--drain-seconds", "nan", "must be a number of seconds, at most 86400"),
         ("--drain-seconds", "86401", "must be a number of seconds, at most 86400"),
         ("--device", "tpu", "must be auto, cpu, cuda or cuda:N"),
-        ("--dtype", "int3", "must be one of auto, float32, bfloat16, float16"),
+        ("--dtype", "int3", "must be one of auto, float32, bfloat16, float16, int8, int4"),
         ("--engine", "magic", "must be one of native, simulated"),
         ("--model", "", "must not be empty"),
         ("--insecure", "perhaps", "must be true or false"),

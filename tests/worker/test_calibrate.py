@@ -190,7 +190,7 @@ def test_all_that_is_measured_at_start_takes_less_than_ten_seconds_together(
     monkeypatch.setattr(machine, "cpu_caches", lambda threads: {"L2": 1 << 20, "L3": 4 << 20})
     monkeypatch.setattr(machine.torch, "set_num_threads", threads.append)
     machine.measure_machine("cpu", "bfloat16", [torch.ones(256, 256)])
-    machine.choose_threads(step, (64, 32, 1))
+    machine.choose_threads(step, (64, 32, 1), torch.set_num_threads)
     Sweep(engine, SHAPE, LIMITS, 1 << 20, GREEDY, clock).run()
     assert 1.0 < clock() < 10.0
     assert threads

@@ -3,6 +3,7 @@
 import json
 import random
 import struct
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,12 +16,14 @@ from tokenizers import Tokenizer
 import worker
 from scheduler.batch import Entry, Kind, StepPlan
 from scheduler.messages import Request, Sampling
+from worker.native.cpu.build import NoLibrary, load_library
 from worker.native.demo.corpus import Corpus, build_corpus
 from worker.native.demo.draft import DRAFT_SHAPE, accepted_drafts, greedy_agreement, load_llama
 from worker.native.demo.generate import answer, write_rows
 from worker.native.demo.model import Llama, Shape
 from worker.native.demo.tokenizer import CHAT_TEMPLATE, render, render_question
 from worker.native.demo.train import Rows
+from worker.native.memory import PACKED_DTYPE
 from worker.native.runner import NativeEngine
 from worker.tokenizer import read_tokenizer
 
@@ -298,3 +301,31 @@ def test_every_second_pair_of_rows_is_the_teachers(tokenizer: Tokenizer) -> None
     rows.written = [np.full(5, 77, dtype=np.uint16)]
     drawn = rows.draw(np.random.default_rng(0), tokens=11, first=0, count=6)
     assert [bool((row == 77).all()) for row in drawn] == [False, False, True, True, False, False]
+
+
+def perplexity(engine: NativeEngine, rows: list[list[int]]) -> float:
+    told: list[float] = []
+    for key, row in enumerate(rows):
+        start = (Request(key, 0, row, 1, sampling=Sampling(0.0), logprobs=0, prompt_logprobs=True),)
+        result = engine.run(StepPlan((Entry(key, Kind.PREFILL, 0, len(row), True),), start))
+        told += [of_token[0][1] for of_token in result.logprobs[key][:-1]]
+        engine.run(StepPlan(stop=(key,)))
+    return float(np.exp(-np.mean(told)))
+
+
+def test_int8_the_default_of_the_c_step_costs_less_than_a_hundredth_of_perplexity(tokenizer: Tokenizer) -> None:
+    """On modules of the standard library that the model has not seen."""
+    try:
+        library = load_library()
+    except NoLibrary as error:
+        pytest.skip(str(error))
+    texts = build_corpus(Path(sysconfig.get_path("stdlib"))).held_out_texts
+    ids = tokenizer.encode("\n".join(texts)[:40_000], add_special_tokens=False).ids
+    rows = [ids[start : start + 256] for start in range(0, len(ids) - 256, 256)]
+    of = {
+        dtype: perplexity(NativeEngine.load(MODEL, "cpu", dtype, 1 << 24, threads=1, library=library), rows)
+        for dtype in ("float32", "bfloat16", PACKED_DTYPE, "int4")
+    }
+    assert of["bfloat16"] < 1.003 * of["float32"]
+    assert of[PACKED_DTYPE] < 1.01 * of["float32"]
+    assert of["int4"] < 1.05 * of["float32"]

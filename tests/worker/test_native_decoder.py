@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,9 +26,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from scheduler.batch import Entry, Kind, StepPlan
 from scheduler.messages import Request, Sampling
+from worker.native.blocks import BlockTable
 from worker.native.config import DecoderConfig, Rope
-from worker.native.decoder import rope_frequencies, rope_table
-from worker.native.inputs import group_by_length
+from worker.native.cpu.build import NoLibrary, load_library
+from worker.native.cpu.pack import Arena, Kernels, new_matrix
+from worker.native.decoder import Outcome, rope_frequencies, rope_table
+from worker.native.inputs import Span, group_by_length
 from worker.native.runner import NativeEngine
 
 GREEDY = Sampling(temperature=0.0)
@@ -174,11 +179,11 @@ def record_logits(engine: NativeEngine) -> dict[tuple[int, ...], torch.Tensor]:
     seen: dict[tuple[int, ...], torch.Tensor] = {}
     deliver = engine._deliver
 
-    def recording(plan: StepPlan, inputs: Any, logits: torch.Tensor | None) -> Any:
-        for row, span in enumerate(inputs.delivering):
-            assert logits is not None
-            seen[tuple(engine._sequences[plan.entries[span].key].tokens)] = logits[row].clone()
-        return deliver(plan, inputs, logits)
+    def recording(plan: StepPlan, outcome: Outcome) -> Any:
+        for row, span in enumerate(outcome.delivering):
+            assert outcome.logits is not None
+            seen[tuple(engine._sequences[plan.entries[span].key].tokens)] = outcome.logits[row].clone()
+        return deliver(plan, outcome)
 
     engine._deliver = recording  # type: ignore[method-assign]
     return seen
@@ -283,6 +288,144 @@ def test_yarn_is_that_of_transformers(change: dict[str, Any]) -> None:
     own = DecoderConfig.from_dict({**SMALL, "architectures": ["Qwen2ForCausalLM"], "rope_parameters": scaling})
     assert own.rope.length == pytest.approx(length)
     torch.testing.assert_close(rope_frequencies(own.rope, own.head_dim), frequencies)
+
+
+# --- the C step -------------------------------------------------------------------------------------------------------
+
+# Relative root mean squares of logits, and how far the token that was drawn may lie below the best. Activations are
+# rounded to the format of the weights before each product.
+TOLERANCES = {"bfloat16": (0.02, 0.15), "int8": (0.05, 0.4), "int4": (0.05, 0.4)}
+
+
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
+    try:
+        return load_library()
+    except NoLibrary as error:
+        pytest.skip(str(error))
+
+
+@torch.no_grad()
+def round_weights(model: torch.nn.Module, kernels: Kernels, format: str) -> None:
+    """To what the packed format holds."""
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            matrix = new_matrix(Arena(1 << 20), *parameter.shape, format)
+            kernels.pack(matrix, parameter.data)
+            parameter.copy_(kernels.unpack(matrix))
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [(name, format) for name in CONFIGS for format in ("bfloat16", "int8")] + [("llama", "int4"), ("qwen3", "int4")],
+)
+def test_the_c_step_agrees_with_transformers_in_any_mix(
+    name: str, format: str, tmp_path: Path, library: ctypes.CDLL
+) -> None:
+    model: Any = save_model(name, tmp_path)
+    round_weights(model, Kernels(library, 1), format)
+    blocks_bytes = 26 * engine_block_bytes(tmp_path) // 2
+    engine = NativeEngine.load(tmp_path, "cpu", format, kv_cache_bytes=blocks_bytes, threads=2, library=library)
+    engine._needs_logits = lambda plan: True  # type: ignore[method-assign]
+    seen = record_logits(engine)
+    rng = random.Random(1)
+    prompts = [[rng.randrange(300) for _ in range(length)] for length in (1, 5, 16, 17, 40, 77)]
+    scheduler = RandomScheduler(engine, seed=len(name), prompts=prompts)
+    scheduler.run()
+    assert scheduler.evictions > 0
+    assert engine.free_blocks == engine.num_blocks == 26
+    tolerance, gap = TOLERANCES[format]
+    for running in scheduler.sequences.values():
+        with torch.no_grad():
+            reference = model(torch.tensor([running.tokens])).logits[0, running.prompt_tokens - 1 : -1]
+        tokens = [tuple(running.tokens[:stop]) for stop in range(running.prompt_tokens, len(running.tokens))]
+        logits = torch.stack([seen[known] for known in tokens])
+        assert (logits - reference).norm() < tolerance * reference.norm()
+        drawn = torch.tensor(running.tokens[running.prompt_tokens :])
+        below = reference.amax(-1) - reference.gather(1, drawn[:, None])[:, 0]
+        assert below.max() < gap * reference.std()
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [("llama", "bfloat16"), ("mistral-window", "int8"), ("qwen3", "int4"), ("smollm3-listed-untied-biases", "int8")],
+)
+def test_the_c_step_draws_the_same_tokens_however_steps_are_cut(
+    name: str, format: str, tmp_path: Path, library: ctypes.CDLL
+) -> None:
+    save_model(name, tmp_path)
+    rng = random.Random(1)
+    prompts = [[rng.randrange(300) for _ in range(length)] for length in (1, 5, 16, 17, 40, 77)]
+    told = []
+    for seed, threads in ((1, 1), (2, 3), (3, 4)):
+        engine = NativeEngine.load(tmp_path, "cpu", format, kv_cache_bytes=1 << 20, threads=threads, library=library)
+        scheduler = RandomScheduler(engine, seed=seed, prompts=prompts)
+        scheduler.run()
+        told.append([running.tokens for running in scheduler.sequences.values()])
+    assert told[0] == told[1] == told[2]
+
+
+@pytest.mark.parametrize(("format", "tolerance"), [("bfloat16", 0.01), ("int8", 0.025)])
+def test_with_weights_of_the_usual_size_the_c_step_loses_little(
+    format: str, tolerance: float, tmp_path: Path, library: ctypes.CDLL
+) -> None:
+    """Against the checkpoint's own weights in float32: what rounding them costs is in it."""
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 6, "initializer_range": 0.05}
+    model: Any = AutoModelForCausalLM.from_config(LlamaConfig(**{**SMALL, **sizes})).eval()
+    model.save_pretrained(tmp_path)
+    tokens = [random.Random(4).randrange(300) for _ in range(100)]
+    engine = NativeEngine.load(tmp_path, "cpu", format, kv_cache_bytes=1 << 22, threads=2, library=library)
+    table = BlockTable()
+    engine._cache.grow(table, 100)
+    hidden = engine._decoder.run([Span(table, 0, tokens, True)]).hidden
+    with torch.no_grad():
+        reference = model(torch.tensor([tokens])).logits[0]
+    assert (engine._decoder.logits(hidden) - reference).norm() < tolerance * reference.norm()
+
+
+def test_a_long_context_that_several_threads_share_is_read_whole(tmp_path: Path, library: ctypes.CDLL) -> None:
+    """Alone, a sequence's last token is cut into parts; in a chunk it is not."""
+    torch.manual_seed(3)
+    config = LlamaConfig(**{**SMALL, "num_key_value_heads": 1, "max_position_embeddings": 8192})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokens = [random.Random(5).randrange(300) for _ in range(5000)]
+    engine = NativeEngine.load(tmp_path, "cpu", "bfloat16", kv_cache_bytes=1 << 23, threads=3, library=library)
+    table = BlockTable()
+    engine._cache.grow(table, 5000)
+    whole = engine._decoder.run([Span(table, 0, tokens, True)]).hidden[-1].clone()
+    alone = engine._decoder.run([Span(table, 4999, tokens[-1:], True)]).hidden[-1]
+    torch.testing.assert_close(alone, whole, rtol=0, atol=2e-2 * float(whole.abs().max()))
+
+
+def test_the_best_token_is_that_of_the_logits(tmp_path: Path, library: ctypes.CDLL) -> None:
+    save_model("llama", tmp_path)
+    engine = NativeEngine.load(tmp_path, "cpu", "bfloat16", kv_cache_bytes=1 << 20, threads=2, library=library)
+    spans = []
+    for length in (3, 20, 1, 40):
+        table = BlockTable()
+        engine._cache.grow(table, length)
+        spans.append(Span(table, 0, [random.Random(length).randrange(300) for _ in range(length)], length != 20))
+    whole, best = (engine._decoder.run(spans, needs_logits) for needs_logits in (True, False))
+    assert whole.delivering == best.delivering == (0, 2, 3)
+    assert whole.logits is not None and best.logits is None
+    assert best.best == whole.logits.argmax(-1).tolist()
+
+
+def test_a_page_that_held_something_that_is_no_number_is_clean_for_its_next_owner(
+    tmp_path: Path, library: ctypes.CDLL
+) -> None:
+    save_model("llama", tmp_path)
+    engine = NativeEngine.load(tmp_path, "cpu", "bfloat16", kv_cache_bytes=1 << 20, threads=2, library=library)
+    with torch.inference_mode():
+        for layer in engine._cache.layers:
+            layer.fill_(torch.nan)
+    for length, key in ((5, 1), (33, 2), (16, 3)):
+        start = (Request(key, 0, list(range(length)), 9, sampling=GREEDY, logprobs=0),)
+        result = engine.run(StepPlan((Entry(key, Kind.PREFILL, 0, length, True),), start))
+        again = engine.run(StepPlan((Entry(key, Kind.DECODE, length, 1, True),)))
+        told = [result.logprobs[key][0], again.logprobs[key][0]]
+        assert all(math.isfinite(row[0][1]) for row in told)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -53,7 +53,7 @@ def test_more_threads_must_gain_enough(
 ) -> None:
     seconds, current, _ = paced
     seconds.update({1: 1e-3, 4: four * 1e-3})
-    assert choose_threads(lambda: None, (4, 1), budget_seconds=0.01) == expected == current[0]
+    assert choose_threads(lambda: None, (4, 1), torch.set_num_threads, budget_seconds=0.01) == expected == current[0]
 
 
 def test_the_fewest_threads_near_the_fastest_are_taken(
@@ -61,7 +61,7 @@ def test_the_fewest_threads_near_the_fastest_are_taken(
 ) -> None:
     seconds, _, tried = paced
     seconds.update({64: 1.1e-3, 32: 1.0e-3, 16: 1.1e-3, 1: 9e-3})
-    assert choose_threads(lambda: None, (64, 32, 16, 1), budget_seconds=0.01) == 16
+    assert choose_threads(lambda: None, (64, 32, 16, 1), torch.set_num_threads, budget_seconds=0.01) == 16
     assert set(tried) == {64, 32, 16, 1}
 
 
@@ -70,13 +70,13 @@ def test_a_step_that_outlasts_the_budget_is_run_once_with_all_threads(
 ) -> None:
     seconds, _, tried = paced
     seconds.update({8: 5.0, 1: 40.0})
-    assert choose_threads(lambda: None, (8, 1), budget_seconds=0.0) == 8
+    assert choose_threads(lambda: None, (8, 1), torch.set_num_threads, budget_seconds=0.0) == 8
     assert tried == [8]
 
 
 def test_where_there_is_one_cpu_nothing_is_timed(paced: tuple[dict[int, float], list[int], list[int]]) -> None:
     _, current, tried = paced
-    assert choose_threads(lambda: None, (1,)) == 1 == current[0]
+    assert choose_threads(lambda: None, (1,), torch.set_num_threads) == 1 == current[0]
     assert tried == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from scheduler.batch import Entry, Kind, StepPlan
 from scheduler.messages import Logprobs, Request, Sampling
 from worker.engine import Engine
 from worker.native.config import DecoderConfig
-from worker.native.inputs import StepInputs
+from worker.native.cpu.build import NoLibrary, load_library
+from worker.native.decoder import Outcome
+from worker.native.inputs import Span
 from worker.native.loader import tensor_shapes
 from worker.native.runner import NativeEngine
 
@@ -45,9 +48,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def engine(checkpoint: Path) -> NativeEngine:
-    return NativeEngine.load(checkpoint, "cpu", kv_cache_bytes=30 * BLOCK_BYTES + 5, threads=1)
+@pytest.fixture(params=["torch", "the C step"])
+def engine(checkpoint: Path, request: pytest.FixtureRequest) -> NativeEngine:
+    if request.param == "torch":
+        return NativeEngine.load(checkpoint, "cpu", kv_cache_bytes=30 * BLOCK_BYTES + 5, threads=1)
+    try:
+        library = load_library()
+    except NoLibrary as error:
+        pytest.skip(str(error))
+    kv_cache_bytes = 30 * BLOCK_BYTES // 2 + 5
+    return NativeEngine.load(checkpoint, "cpu", "bfloat16", kv_cache_bytes, threads=2, library=library)
 
 
 def request(key: int, prompt: list[int], seed: int = 0, temperature: float = 1.0) -> Request:
@@ -68,6 +78,7 @@ def decode(engine: Engine, lengths: dict[int, int], steps: int) -> dict[int, lis
     return tokens
 
 
+@pytest.mark.parametrize("engine", ["torch"], indirect=True)
 def test_attributes_describe_what_was_loaded(engine: NativeEngine) -> None:
     parameters = sum(torch.Size(shape).numel() for shape in tensor_shapes(DecoderConfig.from_dict(CONFIG)).values())
     assert engine.config == CONFIG
@@ -192,16 +203,17 @@ def test_penalties_change_what_is_said_of_who_asks_alone(engine: NativeEngine) -
 def whole_forward(engine: NativeEngine, tokens: list[int]) -> torch.Tensor:
     """Log probabilities after each token, from one pass over all of them."""
     seen = {}
-    forward = engine._decoder.forward
+    run = engine._decoder.run
 
-    def recording(inputs: StepInputs) -> torch.Tensor:
-        seen["hidden"] = forward(inputs)
-        return seen["hidden"]
+    def recording(spans: Sequence[Span], needs_logits: bool) -> Outcome:
+        outcome = run(spans, needs_logits)
+        seen["hidden"] = outcome.hidden
+        return outcome
 
-    engine._decoder.forward = recording  # type: ignore[method-assign]
+    engine._decoder.run = recording  # type: ignore[method-assign]
     engine.run(prefill(request(77, tokens)))
     engine.run(StepPlan(stop=(77,)))
-    engine._decoder.forward = forward  # type: ignore[method-assign]
+    engine._decoder.run = run  # type: ignore[method-assign]
     return engine._decoder.logits(seen["hidden"]).log_softmax(-1)
 
 

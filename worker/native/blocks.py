@@ -143,13 +143,16 @@ class PagedCache:
         if self.num_blocks < 1:
             raise ValueError(f"a KV cache of {capacity_bytes} bytes holds no block of {self.block_bytes} bytes")
         self.allocator = BlockAllocator(self.num_blocks)
+        self._new: list[int] = []
+        self._kept: dict[int, int] = {}  # number -> block
+        self._lay_out(config, dtype, device)
+
+    def _lay_out(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> None:
         shape = (config.layers, 2 * config.kv_heads, self.num_blocks, BLOCK_TOKENS, config.head_dim)
         # On a CPU, pages of an empty tensor that no block has touched yet take no memory.
         self._pool = torch.empty(shape, dtype=dtype, device=device)
         self.layers = list(self._pool.unbind(0))
         self.slots = [layer.flatten(1, 2) for layer in self.layers]  # [2 * kv_heads, slots, head_dim], the same memory
-        self._new: list[int] = []
-        self._kept: dict[int, int] = {}  # number -> block
 
     def grow(self, table: BlockTable, tokens: int, expected_tokens: int = 0) -> None:
         """Gives a sequence the blocks for its first `tokens` positions. `clear_new` must follow before they are read.

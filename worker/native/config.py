@@ -61,6 +61,7 @@ FAMILIES = {
     "Qwen3ForCausalLM": Family(qk_norm=True, head_dim=128, mlp_bias=False, windows=Windows.LATE, default_window=4096),
     "SmolLM3ForCausalLM": Family(windows=Windows.UNROTATED, unrotated_every=4, rope_theta=2000000.0, tied_head=True),
 }
+KV_DTYPES = {"int8": "bfloat16", "int4": "bfloat16"}  # of keys and values, where the weights have another format
 ROPE_KINDS = ("default", "linear", "llama3", "yarn", "divided")
 
 
@@ -164,7 +165,7 @@ class DecoderConfig:
             vocabulary=self.vocab,
             context_tokens=self.max_positions,
             weight_bytes_each=DTYPE_BYTES[dtype],
-            kv_bytes_each=DTYPE_BYTES[dtype],
+            kv_bytes_each=DTYPE_BYTES[KV_DTYPES.get(dtype, dtype)],
             tied_head=self.tied_head,
         )
 

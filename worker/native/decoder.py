@@ -3,31 +3,62 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worker.native.blocks import PagedCache
+from worker.native.blocks import BLOCK_TOKENS, PagedCache
 from worker.native.config import DecoderConfig, Rope
-from worker.native.inputs import Read, StepInputs
+from worker.native.inputs import Read, Span, StepInputs, build_inputs
 from worker.native.loader import LayerWeights, Weights
 
+# What one call of attention gathers: on a CPU about what a second-level cache holds, so that it is read from there.
+GATHER_BYTES = {"cpu": 1 << 20, "cuda": 256 << 20}
 BY_HAND_TOKENS = 1024
 TILE_ROWS = 128
 TILE_SCORES = 16 << 20  # that exist at a time
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a step has computed. With logits or the best tokens, one row each, for the spans that deliver."""
+
+    delivering: tuple[int, ...]  # spans, as given, in the order of the rows
+    logits: Tensor | None  # [outputs, vocab]; None: nobody delivers, or only the best were wanted
+    best: list[int] | None
+    hidden: Tensor  # [rows, hidden], what the last layer made of them
+    told: tuple[tuple[int, int], ...]  # spans, as given, with `is_told`, and the row where each begins
+
+
 class Decoder:
     """A decoder of the Llama kind. It owns neither cache nor sequences."""
 
-    def __init__(self, config: DecoderConfig, weights: Weights, cache: PagedCache, context_tokens: int) -> None:
+    def __init__(self, config: DecoderConfig, weights: Weights, cache: PagedCache) -> None:
         self.config = config
         self.weights = weights
         self.cache = cache
         self.device, self.dtype = weights.norm.device, weights.norm.dtype
-        self.rope = rope_table(config.rope, config.head_dim, context_tokens).to(weights.norm)
+        self.context_tokens = context_of(config, cache)
+        self.rope = rope_table(config.rope, config.head_dim, self.context_tokens).to(weights.norm)
         self.windows = tuple(dict.fromkeys(config.windows))
+        self.dtype_name = str(self.dtype).removeprefix("torch.")
+        self._group_tokens = GATHER_BYTES[self.device.type] * BLOCK_TOKENS * config.layers // cache.block_bytes
+
+    @property
+    def threads(self) -> int:
+        return torch.get_num_threads()
+
+    def set_threads(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+
+    def run(self, spans: Sequence[Span], needs_logits: bool = True) -> Outcome:
+        """Stores keys and values of all tokens. Logits come whether they are needed or not."""
+        inputs = build_inputs(spans, self.device, self.dtype, self._group_tokens, self.windows)
+        hidden = self.forward(inputs)
+        return Outcome(inputs.delivering, self.outputs(hidden, inputs), None, hidden, inputs.told)
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """Stores keys and values of all rows; returns what its last layer makes of them [rows, hidden]."""
@@ -72,6 +103,11 @@ class Decoder:
     def _mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
         gate, up = layer.gate_up(self._norm(x, layer.mlp_norm)).chunk(2, -1)
         return layer.down(F.silu(gate).mul_(up))
+
+
+def context_of(config: DecoderConfig, cache: PagedCache) -> int:
+    """The longest that a sequence can get."""
+    return min(config.max_positions, cache.num_blocks * BLOCK_TOKENS)
 
 
 def attend(q: Tensor, pages: Tensor, read: Read) -> Tensor:

@@ -134,7 +134,7 @@ def load_weights(
 ) -> Weights:
     """Reads a checkpoint tensor by tensor into memory of our own. Raises ValueError when it does not fit the config."""
     check_tensors(config, checkpoint)
-    reader = _Reader(checkpoint, device, dtype, products, _stored_bytes(checkpoint, config), progress)
+    reader = _Reader(checkpoint, device, dtype, products, stored_bytes(checkpoint, config), progress)
     embedding = (reader.matrix if config.tied_head else reader.stack)("model.embed_tokens.weight")
     return Weights(
         embedding=embedding,
@@ -233,5 +233,6 @@ def floats(weight: Tensor | Groups) -> Tensor:
     return weight.floats() if isinstance(weight, Groups) else weight
 
 
-def _stored_bytes(checkpoint: Checkpoint, config: DecoderConfig) -> int:
+def stored_bytes(checkpoint: Checkpoint, config: DecoderConfig) -> int:
+    """What reading a whole checkpoint reads."""
     return sum(checkpoint.stored_bytes(name) for name in tensor_shapes(config))

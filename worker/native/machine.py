@@ -24,15 +24,20 @@ HOPELESS = 1 / 8  # of the best format's rate: one that is emulated
 GAIN_NEEDED = 1.15  # what more threads must gain: they cost other processes their cores
 
 
-def measure_machine(device_name: str, dtype_name: str, weights: Sequence[Tensor] = ()) -> Device:
+def measure_machine(
+    device_name: str, dtype_name: str, weights: Sequence[Tensor] = (), own_flops: float = 0.0
+) -> Device:
     """The highest rates seen. Takes about 2 seconds, 3 where cores are slow. On a CPU: with torch's number of threads.
 
     Names as an engine has them. `weights` are those that a step reads: the level that holds them gets their rate, if it
-    is higher than the probe's. Flops count a multiplication and an addition as two.
+    is higher than the probe's. Flops count a multiplication and an addition as two. `own_flops` are those of an engine
+    whose products are not torch's.
     """
     where = torch.device(device_name)
     levels = _cuda_levels(where) if where.type == "cuda" else _cpu_levels(where)
-    rates = flops_rates(where, dtype_name)
+    rates = flops_rates(where, dtype_name if dtype_name in DTYPES else "float32")
+    if own_flops:
+        rates = {dtype_name: own_flops} | {name: rate for name, rate in rates.items() if name != dtype_name}
     own = weights_bandwidth(weights, where)
     device = Device(
         device_name,
@@ -165,8 +170,13 @@ def _round_seconds(call: Callable[[], object], calls: int, device: torch.device)
 # --- threads ----------------------------------------------------------------------------------------------------------
 
 
-def choose_threads(step: Callable[[], object], counts: Sequence[int], budget_seconds: float = 0.8) -> int:
-    """The fewest threads that come within 15 % of the fastest. `counts` are tried most first; leaves torch set to it.
+def choose_threads(
+    step: Callable[[], object],
+    counts: Sequence[int],
+    set_threads: Callable[[int], object],
+    budget_seconds: float = 0.8,
+) -> int:
+    """The fewest threads that come within 15 % of the fastest. `counts` are tried most first; leaves the engine set to it.
 
     Rounds go through all counts, because a shared machine changes from second to second. Where a step is so long that the
     time is over before a count's turn, it is not tried: a large model is faster with many.
@@ -176,18 +186,22 @@ def choose_threads(step: Callable[[], object], counts: Sequence[int], budget_sec
     while len(counts) > 1:
         for count in counts:
             if time.perf_counter() < end or count == counts[0]:
-                best[count] = min(best[count], _step_seconds(step, count, budget_seconds / 2 / len(counts)))
+                best[count] = min(
+                    best[count], _step_seconds(step, count, set_threads, budget_seconds / 2 / len(counts))
+                )
         if time.perf_counter() > end:
             break
     chosen = min(count for count in counts if best[count] <= GAIN_NEEDED * min(best.values()))
-    torch.set_num_threads(chosen)
+    set_threads(chosen)
     return chosen
 
 
-def _step_seconds(step: Callable[[], object], threads: int, budget_seconds: float) -> float:
+def _step_seconds(
+    step: Callable[[], object], threads: int, set_threads: Callable[[int], object], budget_seconds: float
+) -> float:
     """The best of up to 5 steps, as many as the budget allows, after one in which threads come and caches are shared out."""
     cpu = torch.device("cpu")
-    torch.set_num_threads(threads)
+    set_threads(threads)
     first = _round_seconds(step, 1, cpu)
     repeats = min(5, int(budget_seconds / max(first, 1e-9)) - 1)
     return min([first, *(_round_seconds(step, 1, cpu) for _ in range(repeats))])

@@ -17,6 +17,7 @@ from worker.amounts import in_bytes, in_millions
 from worker.calibrate import LEAST_CACHE_TOKENS, LEAST_CONTEXT_TOKENS
 from worker.config import WorkerConfig
 from worker.native.config import DecoderConfig
+from worker.native.cpu.pack import BITS
 from worker.native.linear import can_pack
 from worker.native.loader import DTYPES, tensor_shapes
 from worker.native.topology import Node, available_cpus, cgroup_free_bytes, choose_node, cpu_caches
@@ -26,6 +27,7 @@ CPU_SHARE = 0.25  # of the memory that the weights leave, for the KV cache
 CUDA_SHARE = 0.85
 PACKING_SHARE = 0.5  # of what two copies of the weights leave; where the cache takes more, there is one copy
 FULL_CONTEXTS = 64  # more than so many full sequences of KV cache help nobody on a CPU
+PACKED_DTYPE = "int8"  # of weights of 16 bits, where the C step computes: see the test of its perplexity
 USEFUL_CONTEXT_TOKENS = 2048  # with room for less, or than the model's own context, nobody is served
 
 
@@ -34,7 +36,7 @@ class MemoryPlan:
     device: str
     dtype: str
     kv_cache_bytes: int
-    packs: bool  # there is room for a second copy of the weights, in the order that products of many rows want
+    packs: bool  # there is room for a second copy of the weights, in the order that torch's products of many rows want
     node: Node | None = None  # whose memory it is
     place: str = ""  # what is to be said of memory nodes
 
@@ -83,15 +85,22 @@ class Need:
         return ways + asked
 
 
-def plan_memory(decoder: DecoderConfig, stored_dtype: str, name: str, wanted: WorkerConfig) -> MemoryPlan:
+def plan_memory(
+    decoder: DecoderConfig, stored_dtype: str, name: str, wanted: WorkerConfig, has_kernels: bool = False
+) -> MemoryPlan:
     """How much KV cache there will be: what is asked for, else a sensible share of what the weights leave.
 
-    `stored_dtype` is that of the checkpoint's tensors. Raises ValueError with a sentence when the device is not there,
+    `stored_dtype` is that of the checkpoint's tensors. `has_kernels`: a CPU computes with those of our own. Raises ValueError with a sentence when the device is not there,
     weights and cache do not fit it, or the cache is too small to serve from.
     """
     device = find_device(wanted.device)
     parameters = sum(math.prod(size) for size in tensor_shapes(decoder).values())
-    dtype = wanted.dtype if wanted.dtype != "auto" else auto_dtype(device, stored_dtype, parameters, wanted.threads)
+    dtype = wanted.dtype
+    if dtype == "auto":
+        dtype = auto_dtype(device, stored_dtype, parameters, wanted.threads, has_kernels)
+    is_packed = has_kernels and device.type == "cpu" and dtype in BITS
+    if dtype not in DTYPES and not is_packed:
+        raise ValueError(f"--dtype {dtype} is computed on a CPU only, by C code that a compiler has to be there for")
     shape = decoder.model_shape(name, dtype)
     context = min(shape.context_tokens, wanted.context_tokens or shape.context_tokens)
     _check_serves(shape, context, wanted.kv_cache_bytes)
@@ -101,7 +110,7 @@ def plan_memory(decoder: DecoderConfig, stored_dtype: str, name: str, wanted: Wo
     node, place = choose_node(need.bytes, wanted.threads) if device.type == "cpu" else (None, "")
     if node:
         need = replace(need, free_bytes=min(need.free_bytes, node.free_bytes))
-    packs = can_pack(device, DTYPES[dtype]) and need.kv_bytes <= PACKING_SHARE * need.spare_bytes(2)
+    packs = not is_packed and can_pack(device, DTYPES[dtype]) and need.kv_bytes <= PACKING_SHARE * need.spare_bytes(2)
     kv_cache_bytes = wanted.kv_cache_bytes or _kv_share(need, device, 2 if packs else 1, shape.kv_bytes(context))
     return MemoryPlan(str(device), dtype, kv_cache_bytes, packs, node, place)
 
@@ -154,13 +163,15 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def auto_dtype(device: torch.device, stored: str, parameters: int, threads: int = 0) -> str:
+def auto_dtype(device: torch.device, stored: str, parameters: int, threads: int = 0, has_kernels: bool = False) -> str:
     """The checkpoint's own; on a CPU bfloat16 for any 16-bit one, and float32 where bytes are not what it waits for.
 
-    That is where the weights fit a cache, or where the CPU is slow at 16 bits.
+    That is, with torch, where the weights fit a cache, or where the CPU is slow at 16 bits.
     """
     if device.type != "cpu" or stored == "float32":
         return stored
+    if has_kernels:
+        return PACKED_DTYPE
     cache_bytes = max(cpu_caches(threads or available_cpus()).values())
     return "bfloat16" if can_pack(device, torch.bfloat16) and 4 * parameters > cache_bytes else "float32"
 

@@ -101,7 +101,7 @@ def _decoder(config: DecoderConfig, weights: Weights, tokens: int) -> Decoder:
     device, dtype = weights.norm.device, weights.norm.dtype
     per_token = 2 * config.kv_heads * config.head_dim * dtype.itemsize * config.layers
     cache = PagedCache(config, blocks_for(tokens) * BLOCK_TOKENS * per_token, device, dtype)
-    return Decoder(config, weights, cache, tokens)
+    return Decoder(config, weights, cache)
 
 
 def _forward(decoder: Decoder, row: Sequence[int]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,22 +16,22 @@ from worker.engine import StepResult
 from worker.files import read_config
 from worker.native.blocks import BLOCK_TOKENS, BlockTable, PagedCache
 from worker.native.config import DecoderConfig
-from worker.native.decoder import Decoder
+from worker.native.cpu.decoder import CpuCache, CpuDecoder
+from worker.native.cpu.pack import BITS, Kernels
+from worker.native.cpu.program import load_packed
+from worker.native.decoder import Decoder, Outcome
 from worker.native.forms import open_checkpoint
-from worker.native.inputs import Span, StepInputs, build_inputs
+from worker.native.inputs import Span
 from worker.native.linear import choose_products
-from worker.native.loader import DTYPES, Weights, load_weights, tensor_shapes
+from worker.native.loader import DTYPES, load_weights, tensor_shapes
 from worker.native.logprobs import logprobs_of
 from worker.native.machine import choose_threads
 from worker.native.penalties import Past, past_of
 from worker.native.progress import LoadingBar
-from worker.native.sampler import sample
+from worker.native.sampler import is_greedy, sample
 from worker.native.topology import allowed_cpus, available_cpus, physical_cores, thread_counts
 
 KINDS = (Kind.DECODE, Kind.PREFILL)
-# What one call of attention gathers: on a CPU about what a second-level cache holds, so that it is read from there.
-GATHER_BYTES = {"cpu": 1 << 20, "cuda": 256 << 20}
-
 TOLD_AT_ONCE = 128  # prompt tokens: their logits take 79 MB for a vocabulary of 150,000
 LARGE_BYTES = 64 << 20
 ROOM_TOKENS = 2048  # of output that a sequence finds room for; answers that are longer are rare
@@ -75,20 +76,23 @@ class NativeEngine:
     block_tokens = BLOCK_TOKENS
 
     def __init__(
-        self, config: dict[str, Any], shape: DecoderConfig, weights: Weights, cache: PagedCache, context_tokens: int
+        self,
+        config: dict[str, Any],
+        shape: DecoderConfig,
+        decoder: Decoder | CpuDecoder,
     ) -> None:
+        cache = decoder.cache
         self.config = config
-        self.context_tokens = context_tokens
+        self.context_tokens = decoder.context_tokens
         self.num_blocks = cache.num_blocks
         self.block_bytes = cache.block_bytes
         self.kv_cache_bytes = cache.num_blocks * cache.block_bytes
-        self.weight_bytes = sum(tensor.nbytes for tensor in weights.tensors())
+        self.weight_bytes = sum(tensor.nbytes for tensor in decoder.weights.tensors())
         self.parameters = sum(math.prod(size) for size in tensor_shapes(shape).values())
-        self.device = str(weights.norm.device)
-        self.dtype = str(weights.norm.dtype).removeprefix("torch.")
+        self.device = str(decoder.device)
+        self.dtype = decoder.dtype_name
         self._cache = cache
-        self._decoder = Decoder(shape, weights, cache, context_tokens)
-        self._group_tokens = GATHER_BYTES[weights.norm.device.type] * BLOCK_TOKENS * shape.layers // cache.block_bytes
+        self._decoder = decoder
         self._sequences: dict[int, Sequence] = {}
 
     @classmethod
@@ -101,25 +105,33 @@ class NativeEngine:
         kv_cache_bytes: int = 1 << 30,
         threads: int | None = None,
         packs: bool = True,
+        library: ctypes.CDLL | None = None,
     ) -> NativeEngine:
         """Reads a checkpoint directory, or makes up weights for a config's file.
 
         ValueError with a sentence that helps for all that cannot work.
 
-        `device`: cpu, cuda or cuda:n. `dtype`: float32, bfloat16 or float16. `threads`: of torch, on a CPU; None measures
-        whether more than one pays. `packs`: a second copy of the weights may be made where that is faster.
+        `device`: cpu, cuda or cuda:n. `dtype`: float32, bfloat16 or float16; with `library`, the C step's, which computes in
+        bfloat16 and the formats of few bits on a CPU, also int8 or int4. `threads`: on a CPU; None measures whether more than one
+        pays. `packs`: a second copy of the weights may be made where torch is then faster.
         """
         path = Path(path)
         config = read_config(path)
         shape = DecoderConfig.from_dict(config)
-        where, kind = torch.device(device), DTYPES[dtype]
+        where = torch.device(device)
         if threads and where.type == "cpu":
             torch.set_num_threads(threads)
+        decoder: Decoder | CpuDecoder
         with open_checkpoint(path, shape) as checkpoint, LoadingBar() as progress:
-            products = choose_products(where, kind, packs)
-            weights = load_weights(checkpoint, shape, where, kind, products, progress)
-        cache = PagedCache(shape, kv_cache_bytes, where, weights.norm.dtype)
-        engine = cls(config, shape, weights, cache, min(shape.max_positions, cache.num_blocks * BLOCK_TOKENS))
+            if library is not None and where.type == "cpu" and dtype in BITS:
+                kernels = Kernels(library, threads or available_cpus())
+                packed = load_packed(checkpoint, shape, dtype, kernels, progress)
+                decoder = CpuDecoder(shape, packed, CpuCache(shape, kv_cache_bytes), kernels)
+            else:
+                products = choose_products(where, DTYPES[dtype], packs)
+                weights = load_weights(checkpoint, shape, where, DTYPES[dtype], products, progress)
+                decoder = Decoder(shape, weights, PagedCache(shape, kv_cache_bytes, where, weights.norm.dtype))
+        engine = cls(config, shape, decoder)
         if threads is None and where.type == "cpu":
             engine._choose_threads()
         return engine
@@ -136,12 +148,20 @@ class NativeEngine:
             return StepResult()
         spans = [self._span(entry) for entry in plan.entries]
         self._cache.clear_new()
-        decoder = self._decoder
-        inputs = build_inputs(spans, decoder.device, decoder.dtype, self._group_tokens, decoder.windows)
-        hidden = decoder.forward(inputs)
-        for index, row in inputs.told:
-            self._tell_prompt(plan.entries[index], hidden[row:])
-        return self._deliver(plan, inputs, decoder.outputs(hidden, inputs))
+        outcome = self._decoder.run(spans, self._needs_logits(plan))
+        for index, row in outcome.told:
+            self._tell_prompt(plan.entries[index], outcome.hidden[row:])
+        return self._deliver(plan, outcome)
+
+    def _needs_logits(self, plan: StepPlan) -> bool:
+        """Whether the best token is not all that somebody who gets one needs to know."""
+        sequences = [self._sequences[entry.key] for entry in plan.entries if entry.delivers]
+        return any(
+            sequence.past is not None
+            or sequence.request.logprobs is not None
+            or not is_greedy(sequence.request.sampling)
+            for sequence in sequences
+        )
 
     def _change_hands(self, plan: StepPlan) -> None:
         for key, place, number in plan.kept:
@@ -200,19 +220,28 @@ class NativeEngine:
             logits = self._decoder.logits(hidden[first : first + len(tokens)])
             told += logprobs_of(logits, tokens, [sequence.request.logprobs or 0] * len(tokens))
 
-    def _deliver(self, plan: StepPlan, inputs: StepInputs, logits: torch.Tensor | None) -> StepResult:
-        """Draws a token for every row of logits, and makes it the next known token of its sequence."""
-        if logits is None:
-            return StepResult()
-        keys = [plan.entries[i].key for i in inputs.delivering]
+    def _deliver(self, plan: StepPlan, outcome: Outcome) -> StepResult:
+        """Draws a token for everybody who gets one, and makes it the next known token of its sequence."""
+        keys = [plan.entries[i].key for i in outcome.delivering]
         sequences = [self._sequences[key] for key in keys]
-        settings = [sequence.request.sampling for sequence in sequences]
-        positions = [len(sequence.tokens) for sequence in sequences]
-        drawn = sample(logits, settings, positions, [sequence.past for sequence in sequences])
-        told = _tell(keys, sequences, logits, drawn)
+        drawn, told = outcome.best or [], {}
+        if outcome.logits is not None:
+            settings = [sequence.request.sampling for sequence in sequences]
+            positions = [len(sequence.tokens) for sequence in sequences]
+            drawn = sample(outcome.logits, settings, positions, [sequence.past for sequence in sequences])
+            told = _tell(keys, sequences, outcome.logits, drawn)
         for sequence, token in zip(sequences, drawn, strict=True):
             sequence.add(token)
         return StepResult({key: [token] for key, token in zip(keys, drawn, strict=True)}, told)
+
+    @property
+    def threads(self) -> int:
+        """That compute, on a CPU."""
+        return self._decoder.threads
+
+    def own_flops(self) -> float:
+        """Operations per second of its own products, where torch does not compute them; else 0."""
+        return self._decoder.product_flops() if isinstance(self._decoder, CpuDecoder) else 0.0
 
     @property
     def weights(self) -> list[torch.Tensor]:
@@ -235,7 +264,8 @@ class NativeEngine:
                 self._sequences[key].tokens.pop()  # so that the next step is the same one
 
         self.run(StepPlan(prefill, start=tuple(requests)))
-        choose_threads(step, thread_counts(available_cpus(), physical_cores(allowed_cpus())))
+        counts = thread_counts(available_cpus(), physical_cores(allowed_cpus()))
+        choose_threads(step, counts, self._decoder.set_threads)
         self.run(StepPlan(stop=keys))
 
 

@@ -1,0 +1,1 @@
+"""A decoder's whole step in one C call on packed weights: for CPUs."""
