@@ -1,6 +1,6 @@
 """How fast the native engine generates, beside what this machine's memory allows and beside other engines.
 
-SmolLM2-135M's geometry with random weights in bfloat16, two threads, 128 tokens in and 128 out. Headgate is measured
+SmolLM2-135M's geometry with random weights of 16, 8 and 4 bits, two threads, 128 tokens in and 128 out. Headgate is measured
 through its own server; llama.cpp through its own, from a wheel, with the same client; transformers in a plain loop. The
 engines take turns, round after round, and only one is alive at a time: they would share the memory's bandwidth.
 """
@@ -48,15 +48,18 @@ from worker.native.config import DecoderConfig
 ROUNDS = 3
 MODEL = "wall"
 THREADS = 2
-DTYPE = "bfloat16"
+PROBE_DTYPE = "bfloat16"
+FORMATS = {"bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}  # ours -> llama.cpp's
 GEOMETRY = ROOT / "worker" / "models" / MODEL
 
 LONG_CONTEXT_TOKENS = 4096
 CONTEXT_ANSWER_TOKENS = 64  # of each of the two contexts that are compared
 
-ALONE_TARGET = 57.0  # tokens per second
-TOGETHER_TARGET = 2.5  # times alone
-PREFILL_TARGET = 700.0  # tokens per second
+PEER_TARGETS = {  # times llama.cpp's server, by load
+    "bfloat16": {"alone": 1.0, "together": 1.8, "prefill": 1.3},
+    "int8": {"alone": 1.2, "together": 1.8, "prefill": 1.3},
+    "int4": {"alone": 1.2, "together": 1.8, "prefill": 1.3},
+}
 CONTEXT_TARGET = 1.2  # times what the additional bytes explain
 
 METRICS_SECONDS = 3.0  # until the front has heard of the last step
@@ -82,7 +85,8 @@ HEADGATE = Dialect(
         "stream_options": {"include_usage": True},
         "service_tier": "flex",  # no floor, so the gate holds nothing back
     },
-    lambda event: any(choice["text"] for choice in event["choices"]),
+    # a token may be a part of a character, which shows no text: then the end tells of it
+    lambda event: any(choice["text"] or choice["finish_reason"] for choice in event["choices"]),
     lambda event: (event.get("usage") or {}).get("completion_tokens", 0),
 )
 LLAMACPP = Dialect(
@@ -144,7 +148,7 @@ class Machine:
 
 
 def probe() -> Machine:
-    return Machine(**module_output("benchmarks.probe", str(THREADS), DTYPE))
+    return Machine(**module_output("benchmarks.probe", str(THREADS), PROBE_DTYPE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,9 +193,9 @@ def loads(shape: ModelShape) -> list[Load]:
     ]
 
 
-def measure_headgate(shape: ModelShape, model: str) -> tuple[dict[str, Reading], list[Machine]]:
+def measure_headgate(shape: ModelShape, model: str, dtype: str) -> tuple[dict[str, Reading], list[Machine]]:
     """Its server between two probes; the limit is that of the better one."""
-    options = ["--model", model, "--served-name", MODEL, "--dtype", DTYPE, "--threads", str(THREADS)]
+    options = ["--model", model, "--served-name", MODEL, "--dtype", dtype, "--threads", str(THREADS)]
     before = probe()
     with running(["-m", "headgate", "serve", "--port", "0", "--metrics-port", "0", *options], GREETING) as match:
         taken = asyncio.run(measure_loads(Endpoint(int(match[1]), HEADGATE), int(match[2]), loads(shape)))
@@ -256,39 +260,46 @@ def measure_transformers() -> Speeds:
 
 @dataclass(slots=True)
 class Round:
-    """What one round found."""
+    """What one round found: by format of the weights, of peers by their name and, where they have several, format."""
 
-    readings: dict[str, Reading]
-    probes: list[Machine]
-    peers: dict[str, Speeds]
+    readings: dict[str, dict[str, Reading]] = field(default_factory=dict)
+    probes: list[Machine] = field(default_factory=list)
+    peers: dict[str, Speeds] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class Run:
     """All rounds, and what is known of the engines."""
 
-    shape: ModelShape
+    shapes: dict[str, ModelShape]  # by format of the weights
     engines: dict[str, str]  # name -> version
     rounds: list[Round] = field(default_factory=list)
 
-    def speeds(self, load: str) -> list[float]:
-        return [one.readings[load].tokens_per_second for one in self.rounds]
+    def speeds(self, dtype: str, load: str) -> list[float]:
+        return [one.readings[dtype][load].tokens_per_second for one in self.rounds]
 
-    def bytes_per_token(self, load: str) -> list[float]:
-        return [one.readings[load].bytes_per_token for one in self.rounds]
+    def bytes_per_token(self, dtype: str, load: str) -> list[float]:
+        return [one.readings[dtype][load].bytes_per_token for one in self.rounds]
 
     def peer_speeds(self, peer: str, load: str) -> list[float]:
         return [one.peers[peer][load] for one in self.rounds]
 
-    def play(self, model: str, gguf: Path) -> None:
-        """One more round."""
-        one = Round(*measure_headgate(self.shape, model), {})
-        if "llama.cpp" in self.engines:
-            one.peers["llama.cpp"], built_for = measure_llamacpp(gguf)
-            self.engines["llama.cpp"] = f"xllamacpp {version('xllamacpp')}, built for {built_for}"
+    def play(self, model: str, files: dict[str, Path]) -> None:
+        """One more round. `files`: GGUF by format."""
+        one = Round()
+        for dtype, shape in self.shapes.items():
+            one.readings[dtype], probes = measure_headgate(shape, model, dtype)
+            one.probes += probes
+            if dtype in files:
+                one.peers[peer_of(dtype)], built_for = measure_llamacpp(files[dtype])
+                self.engines["llama.cpp"] = f"xllamacpp {version('xllamacpp')}, built for {built_for}"
         if "transformers" in self.engines:
-            one.peers["transformers"] = measure_transformers()
+            one.peers["transformers bfloat16"] = measure_transformers()
         self.rounds.append(one)
+
+
+def peer_of(dtype: str) -> str:
+    return f"llama.cpp {FORMATS[dtype]}"
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
@@ -296,49 +307,51 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
 
 
 def speed_figures(run: Run) -> list[Figure]:
-    one, eight, prompt = (run.speeds(load) for load in SPEEDS)
-    short, long = run.speeds(SHORT), run.speeds(LONG)
-    explained = ratios(run.bytes_per_token(LONG), run.bytes_per_token(SHORT))
-    ratio = f"{SPEEDS['together']} / {SPEEDS['alone']}"
-    return [
-        over_rounds(SPEEDS["alone"], "tok/s", one, ALONE_TARGET, at_least=True),
-        over_rounds(SPEEDS["together"], "tok/s", eight),
-        over_rounds(ratio, "x", ratios(eight, one), TOGETHER_TARGET, at_least=True),
-        over_rounds(SPEEDS["prefill"], "tok/s", prompt, PREFILL_TARGET, at_least=True),
-        over_rounds(SHORT, "tok/s", short),
-        over_rounds(LONG, "tok/s", long),
-        over_rounds(
-            f"{LONG} / {PROMPT_TOKENS}, time against bytes", "x", ratios(ratios(short, long), explained), CONTEXT_TARGET
-        ),
-    ]
+    figures = []
+    for dtype in run.shapes:
+        figures += [
+            over_rounds(f"{dtype}, {title}", "tok/s", run.speeds(dtype, load)) for load, title in SPEEDS.items()
+        ]
+        short, long = run.speeds(dtype, SHORT), run.speeds(dtype, LONG)
+        explained = ratios(run.bytes_per_token(dtype, LONG), run.bytes_per_token(dtype, SHORT))
+        beyond = ratios(ratios(short, long), explained)
+        figures.append(over_rounds(f"{dtype}, {LONG}", "tok/s", long))
+        name = f"{dtype}, {LONG} / {PROMPT_TOKENS}, time against bytes"
+        figures.append(over_rounds(name, "x", beyond, CONTEXT_TARGET))
+    return figures
 
 
 def limit_figures(run: Run) -> list[Figure]:
     bandwidths = [machine.bytes_per_second / 1e9 for one in run.rounds for machine in one.probes]
     flops = [machine.flops_per_second / 1e9 for one in run.rounds for machine in one.probes]
     figures = [over_rounds("read bandwidth", "GB/s", bandwidths), over_rounds("matrix products", "GFLOP/s", flops)]
-    for load, title in (*SPEEDS.items(), (LONG, LONG)):
-        shares = [100 * one.readings[load].limit_share for one in run.rounds]
-        figures.append(over_rounds(f"{title}, read", "MB/tok", [size / 1e6 for size in run.bytes_per_token(load)]))
-        figures.append(over_rounds(f"{title}, share of the limit", "%", shares))
+    for dtype in run.shapes:
+        for load, title in (*SPEEDS.items(), (LONG, LONG)):
+            shares = [100 * one.readings[dtype][load].limit_share for one in run.rounds]
+            moved = [size / 1e6 for size in run.bytes_per_token(dtype, load)]
+            figures.append(over_rounds(f"{dtype}, {title}, read", "MB/tok", moved))
+            figures.append(over_rounds(f"{dtype}, {title}, share of the limit", "%", shares))
     return figures
 
 
 def peer_figures(run: Run) -> list[Figure]:
     peers = [(peer, load) for peer in run.rounds[0].peers for load in SPEEDS]
     figures = [over_rounds(f"{peer}, {SPEEDS[load]}", "tok/s", run.peer_speeds(peer, load)) for peer, load in peers]
-    for peer, load in peers:
-        quotients = ratios(run.speeds(load), run.peer_speeds(peer, load))
-        figures.append(over_rounds(f"headgate / {peer}, {SPEEDS[load]}", "x", quotients))
+    for dtype in run.shapes:
+        for load in SPEEDS if peer_of(dtype) in run.rounds[0].peers else ():
+            quotients = ratios(run.speeds(dtype, load), run.peer_speeds(peer_of(dtype), load))
+            name = f"headgate {dtype} / {peer_of(dtype)}, {SPEEDS[load]}"
+            figures.append(over_rounds(name, "x", quotients, PEER_TARGETS[dtype][load], at_least=True))
     return figures
 
 
 def print_causes(run: Run) -> None:
     """Of the last round."""
     print("\nMilliseconds per step by cause, as the worker's /metrics say it, last round")
-    for load, reading in run.rounds[-1].readings.items():
-        causes = " · ".join(f"{cause} {ms:.2f}" for cause, ms in reading.step_ms.items() if abs(ms) >= 0.005)
-        print(f"  {SPEEDS.get(load, load):<16} {causes}")
+    for dtype, readings in run.rounds[-1].readings.items():
+        for load, reading in readings.items():
+            causes = " · ".join(f"{cause} {ms:.2f}" for cause, ms in reading.step_ms.items() if abs(ms) >= 0.005)
+            print(f"  {dtype + ', ' + SPEEDS.get(load, load):<26} {causes}")
 
 
 def print_engines(run: Run) -> None:
@@ -350,19 +363,22 @@ def print_engines(run: Run) -> None:
 
 def main(rounds: int = ROUNDS, model: str = MODEL) -> list[Figure]:
     config = json.loads((GEOMETRY / "config.json").read_text())
-    shape = DecoderConfig.from_dict(config).model_shape(MODEL, DTYPE)
+    decoder = DecoderConfig.from_dict(config)
+    shapes = {dtype: decoder.model_shape(MODEL, dtype) for dtype in FORMATS}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # servers under test are ended on the way out
     installed = [name for name, module in PEERS.items() if importlib.util.find_spec(module)]
-    run = Run(shape, {"headgate": version("headgate")} | {name: version(PEERS[name]) for name in installed})
+    run = Run(shapes, {"headgate": version("headgate")} | {name: version(PEERS[name]) for name in installed})
     with tempfile.TemporaryDirectory(prefix="headgate-bench-") as folder:
-        gguf = Path(folder) / "random.gguf"
-        if "llama.cpp" in installed:
-            write_random(gguf, shape, config["rope_theta"], config["rms_norm_eps"])
+        files = {
+            dtype: Path(folder) / f"{format}.gguf" for dtype, format in FORMATS.items() if "llama.cpp" in installed
+        }
+        for dtype, file in files.items():
+            write_random(file, shapes[dtype], config["rope_theta"], config["rms_norm_eps"], FORMATS[dtype])
         for number in range(rounds):
-            run.play(model, gguf)
+            run.play(model, files)
             print(f"round {number + 1} of {rounds}", flush=True)
     tables = {
-        f"Headgate through its server: {THREADS} threads, {DTYPE}, {PROMPT_TOKENS} in + {ANSWER_TOKENS} out": speed_figures,
+        f"Headgate through its server: {THREADS} threads, {PROMPT_TOKENS} in + {ANSWER_TOKENS} out": speed_figures,
         "What memory and cores allow, beside it": limit_figures,
         "Other engines in the same rounds": peer_figures,
     }

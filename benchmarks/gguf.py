@@ -1,4 +1,4 @@
-"""A model of random weights in llama.cpp's file form (GGUF, version 3): bfloat16 matrices, float32 norms, a dummy tokenizer.
+"""A model of random weights in llama.cpp's file form (GGUF, version 3): matrices of 16, 8 or 4 bits, a dummy tokenizer.
 
 Source of the form: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -15,32 +15,37 @@ import numpy as np
 from scheduler.model import ModelShape
 
 UINT32, FLOAT32, STRING, ARRAY = 4, 6, 8, 9  # kinds of values
-F32, BF16 = 0, 30  # kinds of tensors
+F32 = 0  # a kind of tensors, like these: name -> (kind, numbers in a block, its bytes)
+FORMATS = {"BF16": (30, 1, 2), "Q8_0": (8, 32, 34), "Q4_0": (2, 32, 18)}
 ALIGNMENT = 32
 SPREAD = 0.02  # standard deviation of the weights
 
 Value = int | float | str | list[int] | list[str]
 
 
-def write_random(path: Path, shape: ModelShape, rope_theta: float, eps: float) -> None:
-    """Weights of this shape. A block of random values is repeated: nobody reads what they say."""
-    block = random_bfloat16(1 << 20)
+def write_random(path: Path, shape: ModelShape, rope_theta: float, eps: float, format: str = "BF16") -> None:
+    """Weights of this shape. A piece of random values is repeated: nobody reads what they say."""
+    piece = random_matrix(format)
+    kind, numbers, block_bytes = FORMATS[format]
     tensors = list(tensors_of(shape))
     offsets, at = [], 0
     for _, sizes in tensors:
         offsets.append(at)
-        at += padded(tensor_bytes(sizes))
+        at += padded(4 * sizes[0] if len(sizes) == 1 else math.prod(sizes) // numbers * block_bytes)
     values = metadata(shape, rope_theta, eps)
     with path.open("wb") as file:
         file.write(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(values)))
         for key, value in values.items():
             file.write(text(key) + typed(value))
         for (name, sizes), offset in zip(tensors, offsets, strict=True):
-            kind = F32 if len(sizes) == 1 else BF16
-            file.write(text(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, kind, offset))
+            here = F32 if len(sizes) == 1 else kind
+            file.write(text(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, here, offset))
         file.write(bytes(padded(file.tell()) - file.tell()))
         for _, sizes in tensors:
-            content = np.ones(sizes, np.float32) if len(sizes) == 1 else np.resize(block, math.prod(sizes))
+            is_norm = len(sizes) == 1
+            content = (
+                np.ones(sizes, np.float32) if is_norm else np.resize(piece, (math.prod(sizes) // numbers, block_bytes))
+            )
             file.write(content.tobytes())
             file.write(bytes(padded(content.nbytes) - content.nbytes))
 
@@ -90,14 +95,15 @@ def tensors_of(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "output.weight", (hidden, shape.vocabulary)
 
 
-def random_bfloat16(count: int) -> np.ndarray:
-    """The upper halves of float32 values."""
-    values = np.random.default_rng(0).standard_normal(count, np.float32) * np.float32(SPREAD)
-    return (values.view(np.uint32) >> 16).astype(np.uint16)
-
-
-def tensor_bytes(sizes: tuple[int, ...]) -> int:
-    return math.prod(sizes) * (4 if len(sizes) == 1 else 2)
+def random_matrix(format: str) -> np.ndarray:
+    """Blocks [blocks, bytes]: upper halves of float32 values, or numbers of few bits behind a scale in float16."""
+    random, (_, numbers, block_bytes) = np.random.default_rng(0), FORMATS[format]
+    if format == "BF16":
+        values = random.standard_normal(1 << 20, np.float32) * np.float32(SPREAD)
+        return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8).reshape(-1, block_bytes)
+    blocks = random.integers(0, 256, ((1 << 20) // numbers, block_bytes), np.uint8)
+    blocks[:, :2] = np.array([3 * SPREAD / (128 if format == "Q8_0" else 8)], np.float16).view(np.uint8)
+    return blocks
 
 
 def padded(size: int) -> int:
