@@ -49,4 +49,4 @@ bench-engine: .venv/dev.stamp .venv/bench.stamp
 	@$(PYTHON) deploy/venv.py .venv bench && touch $@ || true
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv build dist worker/native/cpu/built *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -5,6 +5,19 @@ ARG WHEELS_IMAGE=scratch
 
 FROM ${WHEELS_IMAGE} AS wheels
 
+# the C step for every CPU of this architecture: the image itself has no compiler
+FROM ${PYTHON_IMAGE} AS kernels
+# no versions: Debian's archive keeps only the newest of a release
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --quiet --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+WORKDIR /src
+COPY worker/__init__.py worker/
+COPY worker/native/__init__.py worker/native/
+COPY worker/native/cpu worker/native/cpu
+RUN python -m worker.native.cpu.build /built
+
 FROM ${PYTHON_IMAGE} AS build
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
@@ -29,6 +42,7 @@ COPY headgate headgate
 COPY scheduler scheduler
 COPY service service
 COPY worker worker
+COPY --from=kernels /built worker/native/cpu/built
 RUN pip wheel --quiet --no-deps --no-build-isolation --wheel-dir /tmp/wheel . \
     && pip --python /opt/headgate/bin/python install --quiet --no-deps /tmp/wheel/*.whl
 

@@ -47,6 +47,7 @@ def test(stack: Stack) -> None:
     took = time.monotonic() - started_at
     if took > checks.FIRST_TOKEN_SECONDS:
         raise Failed(f"the first tokens took {took:.0f} s from docker compose up")
+    step("the worker computes with the C step", checks.worker_uses_the_c_step, stack)
     step("containers are locked down", checks.containers_are_locked_down, stack)
     step("the gateway's image is small and has no torch", checks.gateway_image_is_lean, stack)
     step("no secret in an image or in what docker tells", checks.secrets_stay_in_their_volume, stack)

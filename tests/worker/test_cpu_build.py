@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from worker.native.cpu.build import (
     AVX2,
     AVX512,
     NoLibrary,
+    all_flags,
     cache_folder,
     compile_to,
     cpu_features,
@@ -33,8 +37,9 @@ needs_compiler = pytest.mark.skipif(not shutil.which("cc"), reason="needs a C co
 
 @pytest.fixture
 def only_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A script in the compiler's place."""
+    """A script in the compiler's place; no library ships."""
     script = tmp_path / "a-compiler"
+    monkeypatch.setattr(build, "BUILT", tmp_path / "built")
     monkeypatch.setenv("CC", str(script))
     return script
 
@@ -42,6 +47,14 @@ def only_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def write_script(path: Path, text: str) -> None:
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
+
+
+@pytest.fixture
+def quick_compiler(only_compiler: Path) -> None:
+    """A script that compiles something else, in no time: what matters is where it goes."""
+    source = only_compiler.with_suffix(".c")
+    source.write_text("void *pool_new(void) { return 0; }\n")
+    write_script(only_compiler, f'while [ "$1" != -o ]; do shift; done; cc -shared -fPIC -o "$2" {source}')
 
 
 @needs_compiler
@@ -68,12 +81,120 @@ def test_two_processes_that_compile_at_once_both_get_a_whole_library(tmp_path: P
 
 
 @needs_compiler
-def test_where_nobody_may_write_a_folder_of_this_process_alone_serves(tmp_path: Path) -> None:
+def test_where_nobody_may_write_a_folder_of_this_process_alone_serves(quick_compiler: None, tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.touch()
-    library = load_library([], blocked / "kernels")
-    assert not Path(library._name).is_relative_to(tmp_path)
-    assert library.pool_new
+    said: list[str] = []
+    library = load_library([], blocked / "kernels", said.append)
+    assert is_of_this_start_alone(library, tmp_path)
+    assert ", for this start alone: " in said[0]
+
+
+def is_of_this_start_alone(library: ctypes.CDLL, kept: Path) -> bool:
+    """It is loaded, but nothing is left of it."""
+    path = Path(library._name)
+    return bool(library.pool_new) and not path.is_relative_to(kept) and not path.parent.exists()
+
+
+@needs_compiler
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o775], ids=oct)
+def test_nothing_is_loaded_from_a_folder_that_others_write_to(mode: int, quick_compiler: None, tmp_path: Path) -> None:
+    planted = Path(load_library([], tmp_path / "kernels")._name)
+    planted.parent.chmod(mode)
+    assert is_of_this_start_alone(load_library([], planted.parent), tmp_path)
+
+
+@needs_compiler
+def test_a_folder_of_somebody_else_is_not_used(
+    quick_compiler: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    somebody = os.geteuid() + 1
+    if os.geteuid() == 0:  # may give it away; anybody else has to be somebody else
+        os.chown(tmp_path, somebody, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: somebody)
+    assert is_of_this_start_alone(load_library([], tmp_path), tmp_path)
+
+
+@needs_compiler
+@pytest.mark.parametrize("plant", ["writable", "link", "stranger"])
+def test_a_file_that_others_could_have_put_there_is_compiled_anew(
+    plant: str, quick_compiler: None, tmp_path: Path
+) -> None:
+    path, broken = tmp_path / f"step-{digest([])}.so", tmp_path / "broken"
+    broken.touch()
+    if plant == "link":
+        path.symlink_to(broken)
+    else:
+        path.touch()
+        path.chmod(0o666)
+    if plant == "stranger":
+        if os.geteuid():
+            pytest.skip("only root can give a file away")
+        path.chmod(0o755)
+        os.chown(path, 12345, -1)
+    assert load_library([], tmp_path).pool_new
+    found = path.lstat()
+    assert stat.S_ISREG(found.st_mode) and stat.S_IMODE(found.st_mode) == 0o755 and found.st_uid == os.geteuid()
+    assert not broken.read_bytes()
+
+
+@needs_compiler
+def test_what_is_kept_can_be_loaded_again_whatever_the_umask(quick_compiler: None, tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        first = load_library([], tmp_path / "cache" / "kernels")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "cache" / "kernels").stat().st_mode) == 0o700
+    said: list[str] = []
+    assert load_library([], tmp_path / "cache" / "kernels", said.append)._name == first._name and not said
+
+
+@needs_compiler
+def test_without_a_home_nothing_is_kept(quick_compiler: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(build, "BUILT", tmp_path / "built")
+    assert cache_folder(os.environ) is None
+    assert is_of_this_start_alone(load_library([]), tmp_path)
+
+
+def test_no_folder_to_compile_into_is_told(
+    monkeypatch: pytest.MonkeyPatch, only_compiler: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(NoLibrary, match=r"^there is no folder to compile into: "):
+        load_library([], tmp_path / "file")
+
+
+@needs_compiler
+def test_libraries_that_ship_come_first_and_need_neither_compiler_nor_home(
+    quick_compiler: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    built = tmp_path / "built"
+    built.mkdir(mode=0o755)
+    shipped = compile_to(built / f"step-{digest([])}.so", [])
+    monkeypatch.setattr(build, "BUILT", built)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path / "none"))
+    for name in ("CC", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    said: list[str] = []
+    assert load_library([], say=said.append)._name == str(shipped) and not said
+    with pytest.raises(NoLibrary, match=r"^there is no C compiler"):  # of other flags none ships
+        load_library(["-O1"])
+
+
+def test_an_image_gets_a_library_for_every_cpu(only_compiler: Path, tmp_path: Path) -> None:
+    """Without torch: Python runs without the packages that are installed."""
+    write_script(only_compiler, f'echo "$@" >>{tmp_path}/log')
+    command = [sys.executable, "-S", "-m", "worker.native.cpu.build", str(tmp_path / "built")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert {path.name for path in (tmp_path / "built").iterdir()} == {f"step-{digest(f)}.so" for f in all_flags()}
+    assert len((tmp_path / "log").read_text().splitlines()) == len(all_flags())
+    assert cpu_flags() in all_flags()
 
 
 def test_no_compiler_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -141,6 +262,7 @@ def test_flags_are_those_of_the_cpu(machine: str, features: str, flags: list[str
     name = "flags" if machine == "x86_64" else "Features"
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{name}\t\t: {features}\n\nprocessor\t: 1\n{name}\t: other\n")
     assert cpu_flags(tmp_path / "cpuinfo", machine) == flags
+    assert flags in all_flags(machine)
 
 
 def test_a_system_that_does_not_tell_gets_plain_c(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Compiles the C files beside this one for the CPU at hand, once, into a folder of the user's cache."""
+"""Compiles the C files beside this one: when an image is built, for every CPU; else for the one at hand, at first start.
+
+`python -m worker.native.cpu.build` does the former. It needs a compiler, and of Python nothing but the standard library.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,17 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 SOURCES = Path(__file__).parent
 MAIN = SOURCES / "step.c"
+BUILT = SOURCES / "built"  # where an image has libraries for every CPU; a checkout does not
 CPUINFO = Path("/proc/cpuinfo")
 # No -ffast-math: the order of additions is written down, and NaN must stay NaN.
 COMMON = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden")
@@ -26,6 +33,9 @@ AVX512 = {
     "avx512dq": "-mavx512dq",
     "avx512_vnni": "-mavx512vnni",
 }
+AVX512_BF16 = "-mavx512bf16"
+DOTPROD, DOTPROD_BF16 = "-march=armv8.2-a+dotprod", "-march=armv8.2-a+dotprod+bf16"
+X86, ARM = ("x86_64", "AMD64"), ("aarch64", "arm64")  # as `platform.machine` names them
 COMPILE_SECONDS = 300
 
 
@@ -36,28 +46,54 @@ class NoLibrary(Exception):
 def load_library(
     flags: Sequence[str] | None = None, cache: Path | None = None, say: Callable[[str], None] = lambda line: None
 ) -> ctypes.CDLL:
-    """The compiled library, from the cache or made now. Raises NoLibrary.
+    """The compiled library: as it ships, from the cache, or made now. Raises NoLibrary.
 
-    `flags` are those of the CPU's instruction set; by default what this one has.
+    `flags` are those of the CPU's instruction set; by default what this one has. With `cache` only that folder counts.
     """
     machine = cpu_flags() if flags is None else flags
-    folder = cache or cache_folder(os.environ)
-    path = folder / f"step-{digest(machine)}.so"
-    if not path.is_file():
-        say(f"compiling the C step for this CPU with {find_compiler(os.environ)}, once: {path}")
-        try:
-            path = compile_to(path, machine)
-        except OSError:  # nobody may write there
-            path = compile_to(Path(tempfile.mkdtemp(prefix="headgate-")) / path.name, machine)
+    name = f"step-{digest(machine)}.so"
+    kept = cache or cache_folder(os.environ)
+    for folder in (kept,) if cache else (BUILT, kept):
+        if folder and _is_ours(folder, stat.S_ISDIR) and _is_ours(folder / name, stat.S_ISREG):
+            return _load(folder / name)
+    if kept:
+        with suppress(OSError):  # nobody may write there, or it is full
+            kept.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if _is_ours(kept, stat.S_ISDIR):
+                return _compile_and_load(kept / name, machine, "once", say)
+    try:
+        with tempfile.TemporaryDirectory(prefix="headgate-") as own:  # what is loaded needs its file no more
+            return _compile_and_load(Path(own) / name, machine, "for this start alone", say)
+    except OSError as error:
+        raise NoLibrary(f"there is no folder to compile into: {error}") from error
+
+
+def cache_folder(environ: Mapping[str, str]) -> Path | None:
+    """None without a home: names in a folder that everybody shares could be taken by somebody else."""
+    base = environ.get("XDG_CACHE_HOME") or (environ.get("HOME") and f"{environ['HOME']}/.cache")
+    return Path(base) / "headgate" / "kernels" if base else None
+
+
+def _is_ours(path: Path, is_kind: Callable[[int], bool]) -> bool:
+    """Whether only this user, or root, can have put there what is there: it will run as this process."""
+    try:
+        found = path.lstat()  # not what a link leads to
+    except OSError:
+        return False
+    others_write = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return is_kind(found.st_mode) and found.st_uid in (0, os.geteuid()) and not others_write
+
+
+def _compile_and_load(path: Path, machine: Sequence[str], how_often: str, say: Callable[[str], None]) -> ctypes.CDLL:
+    say(f"compiling the C step for this CPU with {find_compiler(os.environ)}, {how_often}: {path}")
+    return _load(compile_to(path, machine))
+
+
+def _load(path: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise NoLibrary(f"{path} cannot be loaded: {error}") from error
-
-
-def cache_folder(environ: Mapping[str, str]) -> Path:
-    base = environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME") or tempfile.gettempdir()) / ".cache"
-    return Path(base) / "headgate" / "kernels"
 
 
 def digest(machine: Sequence[str]) -> str:
@@ -70,11 +106,11 @@ def digest(machine: Sequence[str]) -> str:
 
 def compile_to(path: Path, machine: Sequence[str], more: Sequence[str] = ()) -> Path:
     """Under another name first, so that nobody loads half of a file and two at once do not disturb each other."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=".so")
     os.close(handle)
     try:
         _compile(Path(name), [*COMMON, *machine, *more])
+        os.chmod(name, 0o755)  # whatever the umask is: what others may write is not loaded
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
@@ -106,14 +142,25 @@ def find_compiler(environ: Mapping[str, str]) -> str:
 # --- what the CPU has -------------------------------------------------------------------------------------------------
 
 
+def all_flags(machine: str = "") -> list[list[str]]:
+    """Whatever `cpu_flags` can answer on such a machine."""
+    machine = machine or platform.machine()
+    if machine in X86:
+        wide = [*AVX2.values(), *AVX512.values()]
+        return [[], [*AVX2.values()], wide, [*wide, AVX512_BF16]]
+    if machine in ARM:
+        return [[], [DOTPROD], [DOTPROD_BF16]]
+    return [[]]
+
+
 def cpu_flags(cpuinfo: Path = CPUINFO, machine: str = "") -> list[str]:
     """For the best of the variants in `lanes.h` that this CPU runs; none where only plain C will do."""
     machine = machine or platform.machine()
     features = cpu_features(cpuinfo)
-    if machine in ("x86_64", "AMD64"):
+    if machine in X86:
         return _x86_flags(features)
-    if machine in ("aarch64", "arm64") and "asimddp" in features:
-        return ["-march=armv8.2-a+dotprod+bf16" if "bf16" in features else "-march=armv8.2-a+dotprod"]
+    if machine in ARM and "asimddp" in features:
+        return [DOTPROD_BF16 if "bf16" in features else DOTPROD]
     return []
 
 
@@ -123,7 +170,7 @@ def _x86_flags(features: Collection[str]) -> list[str]:
     flags = list(AVX2.values())
     if AVX512.keys() <= set(features):
         flags += AVX512.values()
-        flags += ["-mavx512bf16"] if "avx512_bf16" in features else []
+        flags += [AVX512_BF16] if "avx512_bf16" in features else []
     return flags
 
 
@@ -138,3 +185,17 @@ def cpu_features(cpuinfo: Path = CPUINFO) -> set[str]:
         if name.strip() in ("flags", "Features"):
             return set(value.split())
     return set()
+
+
+# --- for every CPU of this architecture -------------------------------------------------------------------------------
+
+
+def main(folder: Path) -> None:
+    """Compiles a library for each. Raises NoLibrary."""
+    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    for flags in all_flags():
+        print(compile_to(folder / f"step-{digest(flags)}.so", flags), *flags, flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if sys.argv[1:] else BUILT)
