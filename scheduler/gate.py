@@ -30,7 +30,7 @@ from scheduler.messages import (
 )
 from scheduler.model import ModelShape
 from scheduler.outlook import Outlook
-from scheduler.prefix import Node, Prefix, PrefixIndex, Sharing, held_bytes, idle_bytes
+from scheduler.prefix import Node, Prefix, PrefixIndex, Sharing, charged_bytes, held_bytes
 from scheduler.roofline import CAUSES, StepCost, step_bytes, step_flops
 from scheduler.sequence import Ended, Sequence, outcome
 from scheduler.tiers import Tier
@@ -115,20 +115,25 @@ class Gate:
         room = self.most_tokens - len(request.prompt)
         if not request.prompt or room < 1 or request.max_tokens < 1:
             return Refuse(Reason.TOO_LARGE, 0.0)
-        candidate = self._candidate(replace(request, max_tokens=min(request.max_tokens, room)), tier, now)
-        obstacle = self._obstacle(candidate)
+        request = replace(request, max_tokens=min(request.max_tokens, room))
         ahead = self.waiting.up_to(tier.rank)
+        if ahead.count and self._is_full(request):
+            return self._refuse_full(request, tier, now)  # before its prompt is hashed
+        prefix = self.prefixes.prefix(request)
+        hits = self.prefixes.hits(prefix)
+        candidate = self._candidate(request, tier, now, prefix, hits)
+        obstacle = self._obstacle(candidate, hits)
         if obstacle is not None or ahead.count:
             return self._wait_or_refuse(candidate, obstacle or Reason.TIME_BUDGET)
         self.account.enter(request.tenant)
-        self._admit(candidate, now)
+        self._admit(candidate, hits, now)
         outlook = self._outlook_now()
         return Accept(outlook.prefill_seconds(tier.rank, ahead), outlook.utps)
 
-    def _candidate(self, request: Request, tier: Tier, now: float) -> Waiting:
+    def _candidate(self, request: Request, tier: Tier, now: float, prefix: Prefix, hits: list[Node]) -> Waiting:
         self._orders += 1
         output = self.history.reserve_tokens(request)
-        return self._waiting(request, tier, self._orders, now, output, self.prefixes.prefix(request))
+        return self._waiting(request, tier, self._orders, now, output, prefix, hits)
 
     def _waiting(
         self,
@@ -138,24 +143,33 @@ class Gate:
         arrived_at: float,
         output: int,
         prefix: Prefix,
+        hits: list[Node],
         sequence: Sequence | None = None,
     ) -> Waiting:
-        footprint, hits = self._bytes(len(request.prompt) + output), self.prefixes.hits(prefix)
-        needed = footprint - held_bytes(hits) + idle_bytes(hits)
+        footprint = self._bytes(len(request.prompt) + output)
+        needed = footprint - charged_bytes(hits)
         uncached = prefix.known - len(hits) * self.limits.block_tokens
         return Waiting(request, tier, order, arrived_at, footprint, output, prefix, needed, uncached, sequence)
 
     def _wait_or_refuse(self, candidate: Waiting, obstacle: Reason) -> Decision:
         wait = self._predicted_wait(candidate)
         request, longest = candidate.request, candidate.tier.max_wait_seconds
-        tokens = self.waiting.tokens + len(request.prompt)
-        if len(self.waiting) >= self.limits.waiting or tokens > self.limits.waiting_tokens:
-            return Refuse(Reason.QUEUE_FULL, max(1.0, min(wait, 60.0)), wait)
+        if self._is_full(request):
+            return _queue_full(wait)
         if wait > longest:
             return Refuse(obstacle, max(1.0, wait - longest), wait)
         self.account.enter(request.tenant)
         self.waiting.add(candidate)
         return Wait(wait, obstacle)
+
+    def _is_full(self, request: Request) -> bool:
+        tokens = self.waiting.tokens + len(request.prompt)
+        return len(self.waiting) >= self.limits.waiting or tokens > self.limits.waiting_tokens
+
+    def _refuse_full(self, request: Request, tier: Tier, now: float) -> Refuse:
+        """Its wait is told as if nothing of it were cached."""
+        candidate = self._candidate(request, tier, now, self.prefixes.prefix(request), [])
+        return _queue_full(self._predicted_wait(candidate))
 
     def cancel(self, key: int, now: float) -> bool:
         """Forgets a request; its KV is free with the next plan. False when it is not here (any more)."""
@@ -237,7 +251,7 @@ class Gate:
     def snapshot(self, stalled_seconds: float) -> Snapshot:
         tier = self.tiers.get("default") or next(iter(self.tiers.values()))
         request = Request(0, 0, (0,), 1)
-        nobody = self._waiting(request, tier, 0, 0.0, 1, self.prefixes.prefix(request))
+        nobody = self._waiting(request, tier, 0, 0.0, 1, self.prefixes.prefix(request), [])
         return Snapshot(
             running=len(self.running),
             waiting=len(self.waiting),
@@ -287,6 +301,7 @@ class Gate:
             sequence.arrived_at,
             sequence.reserved_output,
             sequence.prefix,
+            self.prefixes.hits(sequence.prefix),
             sequence,
         )
         self.waiting.add(again, first=True)
@@ -368,10 +383,9 @@ class Gate:
 
     # --- waiting and starting -----------------------------------------------------------------------------------------
 
-    def _obstacle(self, candidate: Waiting) -> Reason | None:
-        """What keeps a request from starting now, if anything does."""
-        hits = self.prefixes.hits(candidate.prefix)  # others have come and gone since it arrived
-        if not self.ledger.can_reserve(candidate.footprint_bytes - held_bytes(hits) + idle_bytes(hits)):
+    def _obstacle(self, candidate: Waiting, hits: list[Node]) -> Reason | None:
+        """What keeps a request, which would begin with these blocks, from starting now, if anything does."""
+        if not self.ledger.can_reserve(candidate.footprint_bytes - charged_bytes(hits)):
             return Reason.KV_FOOTPRINT
         if len(self.running) >= self.limits.sequences:
             return Reason.TIME_BUDGET
@@ -383,7 +397,7 @@ class Gate:
             return Reason.TIME_BUDGET
         return None
 
-    def _admit(self, waiting: Waiting, now: float) -> None:
+    def _admit(self, waiting: Waiting, hits: list[Node], now: float) -> None:
         request = waiting.request
         sequence = waiting.sequence or Sequence(
             key=request.key,
@@ -399,7 +413,6 @@ class Gate:
             generated=waiting.prefix.generated,
         )
         sequence.footprint_bytes = waiting.footprint_bytes  # of who was preempted, it may have grown
-        hits = self.prefixes.hits(sequence.prefix)
         self.ledger.reserve(request.key, waiting.footprint_bytes - held_bytes(hits))
         self.prefixes.query_tokens += sequence.known
         if hits:
@@ -412,18 +425,20 @@ class Gate:
         self._outlook = None
 
     def _admit_waiting(self, now: float) -> None:
-        while (waiting := self._startable()) is not None:
-            self._admit(self.waiting.remove(waiting.request.key), now)
+        while (found := self._startable()) is not None:
+            waiting, hits = found
+            self._admit(self.waiting.remove(waiting.request.key), hits, now)
 
-    def _startable(self) -> Waiting | None:
-        """The first who may start. Where a floor stands in the way, tiers without one may pass: they take what is left."""
+    def _startable(self) -> tuple[Waiting, list[Node]] | None:
+        """The first who may start, and what it begins with. Where a floor stands in the way, tiers without one may pass: they take what is left."""
         is_passing = False
         for waiting in self.waiting.firsts(self.account):
             if is_passing and waiting.tier.floor_utps:
                 continue
-            obstacle = self._obstacle(waiting)
+            hits = self.prefixes.hits(waiting.prefix)  # others have come and gone since it arrived
+            obstacle = self._obstacle(waiting, hits)
             if obstacle is None:
-                return waiting
+                return waiting, hits
             if obstacle is Reason.KV_FOOTPRINT:
                 return None  # memory that comes free is for who is first
             is_passing = True
@@ -501,6 +516,10 @@ class Gate:
             limit_seconds=self.cost.limit.seconds(work),
             budget_seconds=flight.filled.budget_seconds,
         )
+
+
+def _queue_full(wait_seconds: float) -> Refuse:
+    return Refuse(Reason.QUEUE_FULL, max(1.0, min(wait_seconds, 60.0)), wait_seconds)
 
 
 def seconds_by_cause(cost: StepCost, seconds: float, host_seconds: float) -> dict[str, float]:

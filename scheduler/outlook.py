@@ -13,6 +13,7 @@ from scheduler.calibration import CostModel
 from scheduler.fill import RIDGE_SHARE, add_decodes
 from scheduler.footprint import LengthHistory
 from scheduler.ledger import Ledger
+from scheduler.prefix import pinned_bytes
 from scheduler.roofline import NO_WORK, StepWork
 from scheduler.sequence import Sequence
 from scheduler.waiting import Queued, Waiting
@@ -79,11 +80,16 @@ class Outlook:
 
     @cached_property
     def _drain(self) -> Drain:
+        """A pinned block comes free with the last of its users."""
         step = self._cost.seconds(self._decode_work)
-        return Drain(
-            (step * max(1, self._expected_output(s) - len(s.generated)), self._ledger.held_bytes(s.key))
-            for s in self._running.values()
-        )
+        left = {s.key: max(1, self._expected_output(s) - len(s.generated)) for s in self._running.values()}
+        held = {key: self._ledger.held_bytes(key) for key in left}
+        if self._ledger.pinned_bytes:
+            last_first = sorted(left, key=left.__getitem__, reverse=True)
+            shares = pinned_bytes(self._running[key].prefix for key in last_first)
+            for key, share in zip(last_first, shares, strict=True):
+                held[key] += share
+        return Drain((step * left[key], held[key]) for key in left)
 
     @cached_property
     def _prefill_tokens(self) -> dict[int, int]:

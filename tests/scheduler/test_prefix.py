@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
+from hashlib import blake2b
+
 import pytest
 from gate_world import SMALL, World, make_request
 
 from scheduler.gate import Limits
 from scheduler.hardware import CATALOGUE
 from scheduler.ledger import Ledger
-from scheduler.messages import Accept, Finish, Request, TokenEvent
-from scheduler.prefix import PrefixIndex, Sharing
+from scheduler.messages import Accept, Finish, Reason, Refuse, Request, TokenEvent, Wait
+from scheduler.prefix import Node, Prefix, PrefixIndex, Sharing, pinned_bytes, prefix_of
 
 BLOCK = 16
 BLOCK_BYTES = SMALL.kv_bytes(BLOCK)
@@ -32,6 +36,20 @@ def first_event(world: World, request: Request) -> TokenEvent:
 def computed_tokens(world: World) -> int:
     plans = [step for step in world.trace if hasattr(step, "entries")]
     return sum(entry.query_tokens for plan in plans for entry in plan.entries)
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens were taken up to be hashed, each time."""
+    taken: list[int] = []
+    find = Prefix._tokens
+
+    def tokens(prefix: Prefix, *blocks: int) -> Sequence[int]:
+        taken.append(len(found := find(prefix, *blocks)))
+        return found
+
+    monkeypatch.setattr(Prefix, "_tokens", tokens)
+    return taken
 
 
 # --- hits -------------------------------------------------------------------------------------------------------------
@@ -153,6 +171,34 @@ def test_a_tenant_is_charged_for_what_is_computed() -> None:
     assert world.gate.account.take_charged()["a"] < 0.2 * first
 
 
+def test_a_full_queue_refuses_without_hashing_the_prompt(hashed: list[int]) -> None:
+    world = World(CATALOGUE["laptop-cpu"], SMALL, 1600, Limits(4096, sequences=1, waiting=1), sharing=Sharing.TENANT)
+    first_event(world, make_request(1, 1000, 2, shared=1000))
+    for number in (2, 3):
+        world.arrive(make_request(number, 100, 4, tenant="other"))
+    hashed.clear()
+    decision = world.arrive(make_request(4, 1000, 2, shared=1000))
+    assert isinstance(decision, Refuse) and decision.reason is Reason.QUEUE_FULL
+    assert not hashed
+    world.run()
+
+
+def test_an_arriving_prompt_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = a_world()
+    first_event(world, make_request(1, 1000, 2, shared=1000))
+    looked_up: list[int] = []
+    find = PrefixIndex.hits
+
+    def hits(index: PrefixIndex, prefix: Prefix) -> list[Node]:
+        looked_up.append(prefix.request.id)
+        return find(index, prefix)
+
+    monkeypatch.setattr(PrefixIndex, "hits", hits)
+    assert isinstance(world.arrive(make_request(2, 1000, 2, shared=1000)), Accept)
+    assert looked_up == [2]
+    world.run()
+
+
 # --- what is charged --------------------------------------------------------------------------------------------------
 
 
@@ -172,6 +218,37 @@ def test_a_block_is_charged_once_whoever_ends_first() -> None:
     world.run()
     assert ledger.reserved_bytes == 0
     world.check_nothing_is_left()
+
+
+def test_pinned_blocks_are_expected_to_come_free_with_who_uses_them() -> None:
+    """The same users predict the same wait, whether their prompt was cached or they pay for all of it."""
+    waits = []
+    for sharing in (Sharing.NOBODY, Sharing.TENANT):
+        world = a_world(2000, sharing)
+        world.gate.history.record(make_request(0), 200)
+        if sharing is Sharing.TENANT:
+            first_event(world, make_request(1, 1500, 1, tenant="a", shared=1500))
+        world.arrive(make_request(2, 1500, 200, tenant="a", shared=1500))
+        while not world.gate.running[make_request(2).key].generated:
+            world.step()
+        assert bool(world.gate.ledger.pinned_bytes) == (sharing is Sharing.TENANT)
+        decision = world.arrive(make_request(3, 1200, 100, tenant="b"))
+        assert isinstance(decision, Wait) and decision.reason is Reason.KV_FOOTPRINT
+        waits.append(decision.predicted_wait_seconds)
+        world.run()
+        world.check_nothing_is_left()
+    assert waits[1] == pytest.approx(waits[0], rel=0.05)
+
+
+def test_a_pinned_block_is_told_to_the_first_that_uses_it_and_to_nobody_else() -> None:
+    index = an_index()
+    published(index, 1, 2, 3, 4, 5, 6)
+    users = [index.prefix(Request(n, 0, prompt, 1)) for n, prompt in enumerate([(1, 2, 9), (1, 2, 3, 4, 9), (8, 8, 9)])]
+    for user in users:
+        index.hold(user, index.hits(user))
+        index.publish(user, len(user.request.prompt))
+    assert pinned_bytes(users) == [1.0, 1.0, 0.0], "what the last has published is its own"
+    assert pinned_bytes(reversed(users)) == [0.0, 2.0, 0.0]
 
 
 def test_hits_let_in_what_would_not_fit_otherwise() -> None:
@@ -248,6 +325,24 @@ def evicted(index: PrefixIndex) -> list[int]:
     while (node := index.evict()) is not None:
         order.append(node.number)
     return order
+
+
+def test_a_digest_stands_on_the_one_before_it_however_many_are_made_at_once(hashed: list[int]) -> None:
+    prompt = [*range(2, 90)]
+    prefix = prefix_of(Request(0, 0, prompt, 1, tenant="a"), 2, Sharing.TENANT)
+    digest = prefix.digest(0)
+    assert digest == digest_of(digest_of(b"a") + array("I", [2, 3]).tobytes())
+    assert len(hashed) == 1 and hashed[0] < len(prompt), "a prompt that hits nothing is not hashed to its end"
+    prefix.generated += [7, 8, 9]
+    for block in range(1, 45):
+        tokens = [*prompt, *prefix.generated][2 * block : 2 * block + 2]
+        digest = digest_of(digest + array("I", tokens).tobytes())
+        assert prefix.digest(block) == digest
+    assert len(hashed) == 3, "many blocks at once"
+
+
+def digest_of(data: bytes) -> bytes:
+    return blake2b(data, digest_size=16).digest()
 
 
 def test_least_recently_used_goes_first_and_a_block_before_its_parent() -> None:
