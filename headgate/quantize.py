@@ -68,6 +68,8 @@ def run(options: argparse.Namespace) -> None:
 def read_text(path: Path) -> str:
     try:
         return path.read_text("utf-8")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text in UTF-8: {error}") from error
 

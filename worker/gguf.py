@@ -168,7 +168,7 @@ class _Reader:
             )
         places: dict[str, Place] = self._table(tensors, self._place, "tensor")
         alignment = values.get("general.alignment", ALIGNMENT)
-        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             raise self._fault(f"{alignment!r} is no power of two", "general.alignment")
         start = -(-self.at // alignment) * alignment
         entries = {name: self._entry(name, place, start, alignment) for name, place in places.items()}

@@ -30,7 +30,7 @@ def test_it_writes_a_checkpoint_and_prints_a_table(tmp_path: Path, capsys: pytes
         ("headgate-demo", "there", [], "there is there already; nothing is overwritten"),
         ("nonsense", "out", [], "there is no folder nonsense"),
         ("wall", "out", [], "wall has random weights: there is nothing to quantize"),
-        ("headgate-demo", "out", ["--text", "none.txt"], "none.txt"),
+        ("headgate-demo", "out", ["--text", "none.txt"], "none.txt cannot be read: No such file"),
         ("headgate-demo", "none/out", [], "there is no folder"),
     ],
 )

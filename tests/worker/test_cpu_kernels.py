@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +130,21 @@ def test_rows_with_numbers_that_are_none_are_counted(kernels: Kernels, format: s
         assert kernels.pack(new_matrix(Arena(1 << 20), 70, 40, format), weights) == 2
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("wrong", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+def test_activations_that_are_no_numbers_stay_none_and_spoil_no_other_row(
+    kernels: Kernels, format: str, wrong: float
+) -> None:
+    matrix = packed(kernels, random(40, 70), format)
+    for at in (0, 3, 31, 69):
+        x = random(10, 70)
+        clean = kernels.multiply(matrix, x)
+        x[4, at] = wrong
+        product = kernels.multiply(matrix, x)
+        assert not product[4].isfinite().any()
+        assert product[:4].equal(clean[:4]) and product[5:].equal(clean[5:])
+
+
 def test_nothing_but_zeros_stays_nothing(kernels: Kernels) -> None:
     for format in FORMATS:
         matrix = packed(kernels, torch.zeros(33, 64), format)
@@ -157,6 +174,27 @@ def test_a_pool_serves_many_calls_of_few_units(library: ctypes.CDLL) -> None:
     for turn in range(300):
         matrix = packed(kernels, weights + turn, "bfloat16")
         assert kernels.unpack(matrix)[63, 31] == (weights + turn).bfloat16()[63, 31]
+
+
+@contextmanager
+def no_more_threads() -> Iterator[None]:
+    """Their stacks would be larger than any memory."""
+    system, before, huge = ctypes.CDLL(None), (ctypes.c_char * 64)(), (ctypes.c_char * 64)()
+    system.pthread_getattr_default_np(before)
+    system.pthread_attr_init(huge)
+    system.pthread_attr_setstacksize(huge, ctypes.c_size_t(1 << 50))
+    system.pthread_setattr_default_np(huge)
+    yield
+    system.pthread_setattr_default_np(before)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "pthread_setattr_default_np"), reason="glibc alone has it")
+def test_a_pool_says_how_many_threads_it_got(library: ctypes.CDLL) -> None:
+    with no_more_threads():
+        kernels = Kernels(library, 3)
+    assert kernels.threads == 1
+    assert Kernels(library, 3).threads == 3
+    assert not kernels.unpack(packed(kernels, torch.zeros(64, 64), "int8")).any()
 
 
 def test_sources_say_what_they_are_compiled_for(tmp_path: Path) -> None:

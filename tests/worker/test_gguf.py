@@ -231,6 +231,7 @@ def with_tensor(name: str, tensor: Tensor) -> Change:
         (with_value("llama.expert_count", 8), "llama.expert_count is 8, which is not supported"),
         (with_value("split.count", 3), "it is one of 3 parts; join them first"),
         (with_value("general.alignment", 24), "general.alignment: 24 is no power of two"),
+        (with_value("general.alignment", True), "general.alignment: True is no power of two"),
         (with_tensor("rope_freqs.weight", floats([1.0, 2.0])), "2 divisors of RoPE's frequencies, but 4 are needed"),
         (with_tensor("rope_freqs.weight", floats([0.0] * 4)), "rope_freqs.weight holds numbers that are not above 0"),
         (without("token_embd.weight"), "has no tensor token_embd.weight"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import math
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from scheduler.messages import Request, Sampling
 from worker.native.blocks import BlockTable
 from worker.native.config import DecoderConfig, Rope
 from worker.native.cpu.build import NoLibrary, load_library
+from worker.native.cpu.decoder import CpuDecoder
 from worker.native.cpu.pack import Arena, Kernels, new_matrix
 from worker.native.decoder import Outcome, rope_frequencies, rope_table
 from worker.native.inputs import Span, group_by_length
@@ -410,6 +412,28 @@ def test_the_best_token_is_that_of_the_logits(tmp_path: Path, library: ctypes.CD
     assert whole.delivering == best.delivering == (0, 2, 3)
     assert whole.logits is not None and best.logits is None
     assert best.best == whole.logits.argmax(-1).tolist()
+
+
+def test_a_step_of_nothing_is_done_at_once(tmp_path: Path, library: ctypes.CDLL) -> None:
+    save_model("llama", tmp_path)
+    engine = NativeEngine.load(tmp_path, "cpu", "bfloat16", kv_cache_bytes=1 << 20, threads=2, library=library)
+    assert len(engine._decoder.logits(engine._decoder._x[:0])) == 0
+
+
+def test_threads_outlive_what_made_them_until_the_last_engine_is_gone(tmp_path: Path, library: ctypes.CDLL) -> None:
+    """In a cycle that is collected as a whole, either may be told first."""
+    save_model("llama", tmp_path)
+    engine = NativeEngine.load(tmp_path, "cpu", "int8", kv_cache_bytes=1 << 20, threads=4, library=library)
+    decoder, before = engine._decoder, len(os.listdir("/proc/self/task"))
+    assert isinstance(decoder, CpuDecoder)
+    decoder._kernels.__del__()
+    decoder._kernels.pool = 0
+    table = BlockTable()
+    engine._cache.grow(table, 20)
+    assert decoder.run([Span(table, 0, list(range(20)), True)]).hidden.isfinite().all()
+    decoder.__del__()
+    decoder._engine = 0
+    assert len(os.listdir("/proc/self/task")) == before - 3
 
 
 def test_a_page_that_held_something_that_is_no_number_is_clean_for_its_next_owner(

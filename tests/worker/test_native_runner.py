@@ -325,6 +325,14 @@ def test_requests_that_cannot_run_are_refused(engine: NativeEngine) -> None:
         engine.run(StepPlan((Entry(1, Kind.PREFILL, 0, 201, True),)))
 
 
+def test_what_a_plan_frees_is_freed_even_where_the_rest_of_it_fails(engine: NativeEngine) -> None:
+    engine.run(prefill(request(1, [1] * 40), request(2, [2] * 40)))
+    engine.run(StepPlan(kept=((1, 0, 7),)))
+    with pytest.raises(KeyError):
+        engine.run(StepPlan(kept=((3, 0, 8),), stop=(1, 2), evicted=(7, 8)))
+    assert engine.free_blocks == 30
+
+
 def test_what_cannot_be_loaded_is_explained(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no config\.json"):
         NativeEngine.load(tmp_path)

@@ -164,12 +164,14 @@ class NativeEngine:
         )
 
     def _change_hands(self, plan: StepPlan) -> None:
-        for key, place, number in plan.kept:
-            self._cache.keep(self._sequences[key].table, place, number)
-        for key in plan.stop:
-            self._stop(key)
-        for number in plan.evicted:
-            self._cache.evict(number)
+        try:
+            for key, place, number in plan.kept:
+                self._cache.keep(self._sequences[key].table, place, number)
+        finally:  # whatever fails: nobody says a second time what may go
+            for key in plan.stop:
+                self._stop(key)
+            for number in plan.evicted:
+                self._cache.evict(number)
         for request in plan.start:
             self._start(request)
         for key, numbers in plan.shared:

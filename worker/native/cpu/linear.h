@@ -18,9 +18,8 @@ enum { STORE, ADD, GATED, BEST };
 
 // Rows of activations in the form that a matrix's format is multiplied with.
 typedef struct {
-    int64_t stride;    // numbers in a row: the columns in whole groups
-    uint16_t *halves;  // bfloat16 [rows][stride]
-    int8_t *bytes;     // [rows][stride], in groups like the weights, but symmetric
+    uint16_t *halves;  // bfloat16 [rows][columns in whole groups]
+    int8_t *bytes;     // the same, in groups like the weights, but symmetric
     float *scales;     // [rows][groups]
     float *sums;       // [rows][groups]: what an offset of 1 adds
     int32_t *starts;   // [rows][groups]: of the whole numbers' sum, so that stored numbers count as what they stand for
@@ -44,6 +43,8 @@ static void free_prepared(Prepared *prepared) {
     free(prepared->starts);
 }
 
+INLINE int64_t stride_of(const Matrix *matrix) { return groups_of(matrix) * GROUP; }
+
 INLINE int excess_of(const Matrix *matrix) {
     if (matrix->format == INT8) return I8_EXCESS;
     return matrix->offsets ? 0 : 8;
@@ -58,10 +59,27 @@ static void normalise(const float *x, const float *norm, float eps, int64_t colu
     for (int64_t i = 0; i < padded; i += LANES) store_floats(to + i, load_floats(x + i) * scale * load_floats(norm + i));
 }
 
+// The largest absolute number of a group; not finite where one of them is not: as bits, NaN is the largest of all.
+INLINE float size_of(const float *x) {
+    vi largest = (vi)all_floats(1e-20f);
+    UNROLL for (int i = 0; i < GROUP; i += LANES) {
+        const vi bits = (vi)absolute(load_floats(x + i)), more = bits > largest;
+        largest = (bits & more) | (largest & ~more);
+    }
+    int32_t size = largest[0];
+    UNROLL for (int i = 1; i < LANES; i++) size = largest[i] > size ? largest[i] : size;
+    float number;
+    memcpy(&number, &size, sizeof number);
+    return number;
+}
+
 INLINE void prepare_group(const Prepared *to, int64_t at, int excess, const float *x) {
-    vf largest = all_floats(1e-20f);
-    UNROLL for (int i = 0; i < GROUP; i += LANES) largest = larger(largest, absolute(load_floats(x + i)));
-    const float size = largest_of(largest);
+    const float size = size_of(x);
+    if (!(size < INFINITY)) {  // it stays none
+        to->scales[at] = to->sums[at] = NAN;
+        to->starts[at] = 0;
+        return;
+    }
     vi sums = {0};
     UNROLL for (int i = 0; i < GROUP; i += LANES) {
         const vi whole = rounded(load_floats(x + i) * (127 / size));
@@ -77,10 +95,10 @@ INLINE void prepare_group(const Prepared *to, int64_t at, int excess, const floa
 }
 
 // Row x of as many numbers as the matrix has columns, in whole groups, becomes row `row`.
-static void prepare_row(Prepared *to, int64_t row, const Matrix *matrix, const float *x) {
-    to->stride = groups_of(matrix) * GROUP;
+static void prepare_row(const Prepared *to, int64_t row, const Matrix *matrix, const float *x) {
     if (matrix->format == BF16) {
-        for (int64_t i = 0; i < to->stride; i += LANES) store_bf16(to->halves + row * to->stride + i, load_floats(x + i));
+        const int64_t stride = stride_of(matrix);
+        for (int64_t i = 0; i < stride; i += LANES) store_bf16(to->halves + row * stride + i, load_floats(x + i));
         return;
     }
     const int64_t groups = groups_of(matrix);
@@ -94,14 +112,15 @@ typedef float Sums[TALL][PANEL];
 INLINE void tile_bf16(const Matrix *matrix, const Prepared *in, int64_t panel, int64_t row, int part, const int height,
                       Sums out) {
     const uint8_t *weights = matrix->numbers + panel * panel_bytes(matrix) + part * 4 * LANES;
-    const uint16_t *x = in->halves + row * in->stride;
+    const int64_t stride = stride_of(matrix);
+    const uint16_t *x = in->halves + row * stride;
     vf sums[TALL][WIDE];
     UNROLL for (int m = 0; m < height; m++) UNROLL for (int v = 0; v < WIDE; v++) sums[m][v] = (vf){0};
-    for (int64_t k = 0; k < in->stride; k += 2, weights += PANEL * 4) {
+    for (int64_t k = 0; k < stride; k += 2, weights += PANEL * 4) {
         vi w[WIDE];
         UNROLL for (int v = 0; v < WIDE; v++) w[v] = load_ints(weights + v * 4 * LANES);
         UNROLL for (int m = 0; m < height; m++) {
-            const vi pair = all_words(x + m * in->stride + k);
+            const vi pair = all_words(x + m * stride + k);
             UNROLL for (int v = 0; v < WIDE; v++) sums[m][v] = dot_bf16(sums[m][v], w[v], pair);
         }
     }
@@ -136,7 +155,7 @@ INLINE void group_sums(const uint8_t *weights, const int8_t *x, int64_t stride, 
 
 INLINE void tile_groups(const Matrix *matrix, const Prepared *in, int64_t panel, int64_t row, int part, const int height,
                         const int bits, const bool has_offsets, Sums out) {
-    const int64_t groups = in->stride / GROUP, stride = in->stride;
+    const int64_t groups = groups_of(matrix), stride = groups * GROUP;
     const uint8_t *weights = matrix->numbers + panel * panel_bytes(matrix) + part * 4 * LANES;
     const int64_t scale_from = panel * groups * PANEL + part * LANES, from = row * groups;
     vf totals[TALL][WIDE];

@@ -114,10 +114,10 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL, threads: int) -> None:
         self.library = library
         declare(library)
-        self.threads = threads
         self.pool = library.pool_new(threads)
         if not self.pool:
             raise MemoryError("no memory for threads")
+        self.threads = int(library.pool_threads(self.pool))  # the system may give fewer
 
     def __del__(self) -> None:
         if getattr(self, "pool", None):
@@ -176,6 +176,7 @@ def declare(library: ctypes.CDLL) -> None:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     functions: dict[str, tuple[object, Sequence[object]]] = {
         "pool_new": (pointer, [ctypes.c_int]),
+        "pool_threads": (ctypes.c_int, [pointer]),
         "pool_free": (None, [pointer]),
         "pack_rows": (ctypes.c_int, [pointer, pointer, pointer]),
         "place_groups": (None, [pointer, number, number, pointer, pointer, pointer]),

@@ -21,6 +21,7 @@ typedef void (*Work)(void *job, int thread);
 
 typedef struct {
     int threads;  // the one that calls is number 0
+    atomic_int users;  // who made it, and engines: the last one to leave frees it
     pthread_t *others;
     pthread_mutex_t mutex;
     pthread_cond_t wake;
@@ -149,10 +150,16 @@ __attribute__((visibility("default"))) Pool *pool_new(int threads) {
     pthread_mutex_init(&pool->mutex, NULL);
     pthread_cond_init(&pool->wake, NULL);
     start_threads(pool, threads);
+    atomic_store(&pool->users, 1);
     return pool;
 }
 
+// That it got, which may be fewer than were asked for.
+__attribute__((visibility("default"))) int pool_threads(const Pool *pool) { return pool->threads; }
+
+// It goes on for the engines that still have it: Python gives no order to what dies together.
 __attribute__((visibility("default"))) void pool_free(Pool *pool) {
+    if (atomic_fetch_sub(&pool->users, 1) > 1) return;
     stop_threads(pool);
     pthread_mutex_destroy(&pool->mutex);
     pthread_cond_destroy(&pool->wake);

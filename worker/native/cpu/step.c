@@ -109,7 +109,7 @@ static const float *input_row(const Engine *engine, const Op *op, int row) {
     return engine->batch.x + engine->batch.output_rows[row] * engine->program.widths[X];
 }
 
-static void prepare_input(Engine *engine, Thread *thread, const Op *op, int row, Prepared *to) {
+static void prepare_input(Engine *engine, Thread *thread, const Op *op, int row, const Prepared *to) {
     const float *x = input_row(engine, op, row);
     if (op->norm) {
         normalise(x, op->norm, engine->program.heads.eps, op->matrix.columns, thread->line);
@@ -385,6 +385,7 @@ static bool run_batch(Engine *engine) {
 
 // Runs a step. Without rows: only the head, over `output_rows` of x. False where memory ran out.
 EXPORT bool engine_step(Engine *engine, const Batch *batch) {
+    if (!batch->rows && !batch->outputs) return true;
     wait_until(&engine->pool->inside, 0);
     engine->batch = *batch;
     return run_batch(engine);
@@ -408,11 +409,12 @@ static bool new_threads(Engine *engine, int threads) {
     return true;
 }
 
-// The program's memory must stay until `engine_free`, the pool until after it. NULL where memory ran out.
+// The program's memory must stay until `engine_free`. NULL where memory ran out.
 EXPORT Engine *engine_new(Pool *pool, const Program *program) {
     Engine *engine = calloc(1, sizeof *engine);
     if (!engine) return NULL;
     engine->pool = pool;
+    atomic_fetch_add(&pool->users, 1);
     engine->program = *program;
     engine->plans = calloc(program->num_windows, sizeof *engine->plans);
     if (engine->plans && new_threads(engine, pool->threads)) return engine;
@@ -434,6 +436,7 @@ EXPORT void engine_free(Engine *engine) {
     free(engine->plans);
     free(engine->partials);
     free(engine->arrived);
+    pool_free(engine->pool);
     free(engine);
 }
 
