@@ -15,7 +15,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 enum { BF16, INT8, INT4 };
-enum { FROM_FLOAT32, FROM_BFLOAT16, FROM_FLOAT16 };
+enum { FROM_FLOAT32, FROM_BFLOAT16, FROM_FLOAT16, FROM_INT8 };
 
 typedef struct {
     int64_t rows, columns;
@@ -240,19 +240,18 @@ EXPORT int pack_rows(Pool *pool, Matrix *matrix, const Source *source) {
     return faults;
 }
 
-// Rows that are in groups of few bits already, as they are: `numbers` as q (or 0 … 15 where four bits have offsets).
-EXPORT void place_groups(Matrix *matrix, int64_t first, int64_t rows, const int8_t *numbers, const uint16_t *scales,
-                         const uint16_t *offsets) {
+// Rows that are in groups of few bits already, as they are: of int8, as q (or 0 … 15 where four bits have offsets).
+EXPORT void place_groups(Matrix *matrix, const Source *source, const uint16_t *scales, const uint16_t *offsets) {
     const int64_t groups = groups_of(matrix), columns = matrix->columns;
     const int zero = matrix->format == INT8 ? 128 : matrix->offsets ? 0 : 8;
-    for (int64_t at = 0; at < rows * groups; at++) {
-        const int64_t row = at / groups, group = at % groups, to = scale_at(matrix, first + row, group);
+    for (int64_t at = 0; at < source->rows * groups; at++) {
+        const int64_t row = at / groups, group = at % groups, to = packed_row(source, row);
+        const int8_t *numbers = (const int8_t *)source->from + row * source->stride + group * GROUP;
         uint8_t stored[GROUP] = {0};
-        for (int64_t i = 0; i < GROUP && group * GROUP + i < columns; i++)
-            stored[i] = numbers[row * columns + group * GROUP + i] + zero;
-        place_group(matrix, first + row, group, stored);
-        matrix->scales[to] = scales[at];
-        if (matrix->offsets) matrix->offsets[to] = offsets[at];
+        for (int64_t i = 0; i < GROUP && group * GROUP + i < columns; i++) stored[i] = numbers[i] + zero;
+        place_group(matrix, to, group, stored);
+        matrix->scales[scale_at(matrix, to, group)] = scales[at];
+        if (matrix->offsets) matrix->offsets[scale_at(matrix, to, group)] = offsets[at];
     }
 }
 
