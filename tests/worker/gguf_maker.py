@@ -168,9 +168,9 @@ def random_blocks(type: str, rows: int, columns: int, seed: int = 0) -> Tensor:
     return Tensor(kind, (columns, rows), blocks.tobytes())
 
 
-def rounded(type: str, array: np.ndarray) -> Tensor:
-    """In Q8_0 or Q4_0, scaled by the largest number of each block."""
-    groups = array.astype(np.float32).reshape(-1, 32)
+def rounded(type: str, tensor: Tensor) -> Tensor:
+    """One of float32 in Q8_0 or Q4_0, scaled by the largest number of each block."""
+    groups = np.frombuffer(tensor.content, np.float32).reshape(-1, 32)
     most = {"Q8_0": 127, "Q4_0": 7}[type]
     scales = (np.abs(groups).max(1, keepdims=True) / most).astype(np.float16)
     numbers = np.clip(np.rint(groups / np.maximum(scales.astype(np.float32), 1e-8)), -most, most).astype(np.int8)
@@ -179,4 +179,4 @@ def rounded(type: str, array: np.ndarray) -> Tensor:
         stored = high_and_low[:, :16] | high_and_low[:, 16:] << 4
     else:
         stored = numbers.view(np.uint8)
-    return Tensor(BLOCKS[type][0], array.shape[::-1], np.hstack((scales.view(np.uint8), stored)).tobytes())
+    return Tensor(BLOCKS[type][0], tensor.sizes, np.hstack((scales.view(np.uint8), stored)).tobytes())
