@@ -91,10 +91,10 @@ def _build_native(config: WorkerConfig) -> Built:
     copies = f" x {native.copies}" if native.copies > 1 else ""
     stage(
         f"loaded in {time.monotonic() - began:.1f} s: {in_millions(engine.parameters)} parameters, "
-        f"{in_bytes(engine.weight_bytes)}{copies} in {engine.dtype} on {engine.device}{native.threads_note}"
+        f"{in_bytes(engine.weight_bytes)}{copies} in {engine.held_form} on {engine.device}{native.threads_note}"
     )
     if native.stored_form:
-        stage(f"read from {native.stored_form}; held in {engine.dtype}, {in_bytes(engine.weight_bytes)}{copies}")
+        stage(f"read from {native.stored_form}; held in {engine.held_form}, {in_bytes(engine.weight_bytes)}{copies}")
     shape = native.shape
     limits = _limits(config, shape)
     usual = Sampling(

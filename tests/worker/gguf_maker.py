@@ -145,3 +145,38 @@ def tokenizer_values(tokenizer: Mapping[str, Any], pre: str, **more: Any) -> dic
         **more,
     }
     return {f"tokenizer.ggml.{key}": value for key, value in own.items()}
+
+
+# --- types of few bits ------------------------------------------------------------------------------------------------
+
+# Type, numbers and bytes of a block, and where its float16 scales lie.
+BLOCKS = {
+    "Q8_0": (8, 32, 34, (0,)),
+    "Q4_0": (2, 32, 18, (0,)),
+    "Q4_K": (12, 256, 144, (0, 2)),
+    "Q6_K": (14, 256, 210, (208,)),
+}
+
+
+def random_blocks(type: str, rows: int, columns: int, seed: int = 0) -> Tensor:
+    """A matrix [rows, columns] of random numbers."""
+    kind, numbers, size, scales = BLOCKS[type]
+    chance = np.random.default_rng(seed)
+    blocks = chance.integers(0, 256, (rows * columns // numbers, size), np.uint8)
+    for at in scales:
+        blocks[:, at : at + 2] = chance.uniform(0.001, 0.002, (len(blocks), 1)).astype(np.float16).view(np.uint8)
+    return Tensor(kind, (columns, rows), blocks.tobytes())
+
+
+def rounded(type: str, tensor: Tensor) -> Tensor:
+    """One of float32 in Q8_0 or Q4_0, scaled by the largest number of each block."""
+    groups = np.frombuffer(tensor.content, np.float32).reshape(-1, 32)
+    most = {"Q8_0": 127, "Q4_0": 7}[type]
+    scales = (np.abs(groups).max(1, keepdims=True) / most).astype(np.float16)
+    numbers = np.clip(np.rint(groups / np.maximum(scales.astype(np.float32), 1e-8)), -most, most).astype(np.int8)
+    if type == "Q4_0":
+        high_and_low = (numbers + 8).astype(np.uint8)
+        stored = high_and_low[:, :16] | high_and_low[:, 16:] << 4
+    else:
+        stored = numbers.view(np.uint8)
+    return Tensor(BLOCKS[type][0], tensor.sizes, np.hstack((scales.view(np.uint8), stored)).tobytes())

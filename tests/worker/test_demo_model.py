@@ -1,5 +1,6 @@
 """The demo model and its draft-sized sibling as they lie in the package, and the corpus they were made from."""
 
+import ctypes
 import json
 import random
 import struct
@@ -11,12 +12,15 @@ import jinja2
 import numpy as np
 import pytest
 import torch
+from gguf_maker import rounded, tensors_of, values_of, write_gguf
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 import worker
 from scheduler.batch import Entry, Kind, StepPlan
 from scheduler.messages import Request, Sampling
 from worker.native.cpu.build import NoLibrary, load_library
+from worker.native.cpu.program import AS_STORED
 from worker.native.demo.corpus import Corpus, build_corpus
 from worker.native.demo.draft import DRAFT_SHAPE, accepted_drafts, greedy_agreement, load_llama
 from worker.native.demo.generate import answer, write_rows
@@ -313,15 +317,25 @@ def perplexity(engine: NativeEngine, rows: list[list[int]]) -> float:
     return float(np.exp(-np.mean(told)))
 
 
-def test_int8_the_default_of_the_c_step_costs_less_than_a_hundredth_of_perplexity(tokenizer: Tokenizer) -> None:
-    """On modules of the standard library that the model has not seen."""
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
     try:
-        library = load_library()
+        return load_library()
     except NoLibrary as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def rows(tokenizer: Tokenizer) -> list[list[int]]:
+    """Of modules of the standard library that the model has not seen."""
     texts = build_corpus(Path(sysconfig.get_path("stdlib"))).held_out_texts
     ids = tokenizer.encode("\n".join(texts)[:40_000], add_special_tokens=False).ids
-    rows = [ids[start : start + 256] for start in range(0, len(ids) - 256, 256)]
+    return [ids[start : start + 256] for start in range(0, len(ids) - 256, 256)]
+
+
+def test_int8_the_default_of_the_c_step_costs_less_than_a_hundredth_of_perplexity(
+    library: ctypes.CDLL, rows: list[list[int]]
+) -> None:
     of = {
         dtype: perplexity(NativeEngine.load(MODEL, "cpu", dtype, 1 << 24, threads=1, library=library), rows)
         for dtype in ("float32", "bfloat16", PACKED_DTYPE, "int4")
@@ -329,3 +343,21 @@ def test_int8_the_default_of_the_c_step_costs_less_than_a_hundredth_of_perplexit
     assert of["bfloat16"] < 1.003 * of["float32"]
     assert of[PACKED_DTYPE] < 1.01 * of["float32"]
     assert of["int4"] < 1.05 * of["float32"]
+
+
+@pytest.mark.parametrize("type", ["Q8_0", "Q4_0"])
+def test_a_file_of_few_bits_has_the_same_perplexity_packed_as_in_float32(
+    type: str, library: ctypes.CDLL, rows: list[list[int]], tmp_path: Path
+) -> None:
+    config = json.loads((MODEL / "config.json").read_text())
+    weights = {name: tensor.float().numpy() for name, tensor in load_file(MODEL / "model.safetensors").items()}
+    tensors = {
+        name: rounded(type, tensor) if len(tensor.sizes) == 2 else tensor
+        for name, tensor in tensors_of(config, weights).items()
+    }
+    path = write_gguf(tmp_path / "m.gguf", values_of(config), tensors)
+    packed, whole = (
+        perplexity(NativeEngine.load(path, "cpu", dtype, 1 << 24, threads=1, library=library), rows)
+        for dtype in (AS_STORED, "float32")
+    )
+    assert packed == pytest.approx(whole, rel=0.001)

@@ -15,9 +15,12 @@ from torch import Tensor
 from scheduler.batch import Entry, Kind, StepPlan
 from scheduler.messages import Request
 from worker.native.config import DecoderConfig
+from worker.native.cpu.build import NoLibrary, load_library
+from worker.native.cpu.pack import Kernels
+from worker.native.cpu.program import AS_STORED, bytes_as_stored, load_packed
 from worker.native.forms import open_checkpoint
 from worker.native.groups import Groups
-from worker.native.loader import load_weights, tensor_shapes
+from worker.native.loader import floats, load_weights, tensor_shapes
 from worker.native.runner import NativeEngine
 
 CONFIG: dict[str, Any] = {
@@ -244,6 +247,36 @@ def test_groups_come_out_where_the_file_has_groups_like_ours(
         assert isinstance(found, Groups) == is_exact
         if isinstance(found, Groups):
             assert found.bits == bits
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_packed_as_they_are_stored_weights_are_nearly_what_the_file_says(form: str, tmp_path: Path) -> None:
+    try:
+        kernels = Kernels(load_library(), 2)
+    except NoLibrary as error:
+        pytest.skip(str(error))
+    save(tmp_path, *FORMS[form])
+    config = DecoderConfig.from_dict(CONFIG)
+    with open_checkpoint(tmp_path, config) as checkpoint:
+        weights = load_packed(checkpoint, config, AS_STORED, kernels)
+        assert weights.embedding.format == "bfloat16"
+        is_exact = isinstance(checkpoint.read(f"{Q}.weight"), Groups) and "zero points" not in form
+        for index, layer in enumerate(weights.layers):
+            name = f"model.layers.{index}.mlp.down_proj.weight"
+            right, found = floats(checkpoint.read(name)), kernels.unpack(layer.down.matrix)
+            assert layer.down.matrix.format == {8: "int8", 4: "int4"}[checkpoint.kernel_bits(name)]
+            step = 2**-10 if is_exact else 1 / 220 if layer.down.matrix.format == "int8" else 1 / 8
+            assert (found - right).abs().max() <= step * right.abs().max()
+        assert bytes_as_stored(checkpoint, config) == sum(tensor.nbytes for tensor in weights.tensors())
+
+
+def test_offsets_are_there_where_numbers_have_a_centre_of_their_own(tmp_path: Path) -> None:
+    for form, expected in (("int4 packed", False), ("int4 with zero points", True), ("gptq 4", True)):
+        save(tmp_path / form, *FORMS[form])
+        with open_checkpoint(tmp_path / form, DecoderConfig.from_dict(CONFIG)) as checkpoint:
+            found = checkpoint.read(f"{Q}.weight")
+            assert checkpoint.kernel_offsets(f"{Q}.weight") == expected
+            assert isinstance(found, Groups) and found.is_centred != expected
 
 
 def test_what_the_files_hold_is_told(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from worker.files import read_config
 from worker.native.config import DecoderConfig
 from worker.native.cpu.build import NoLibrary, load_library
 from worker.native.cpu.pack import BITS
+from worker.native.cpu.program import AS_STORED, bytes_as_stored
 from worker.native.forms import open_checkpoint
 from worker.native.loader import DTYPES
 from worker.native.machine import measure_machine
@@ -48,14 +49,18 @@ def load(model: Path, name: str, config: WorkerConfig, say: Say = lambda line: N
     with open_checkpoint(model, decoder) as checkpoint:
         stored_form = checkpoint.describe()
         stored_dtype = checkpoint.dtype(EMBEDDING)  # of the header: no tensor is read before it is known that all fit
-    library = _find_library(config, stored_dtype, say)
-    plan = plan_memory(decoder, stored_dtype, name, config, library is not None)
+        packed_bytes = bytes_as_stored(checkpoint, decoder)
+    library = _find_library(config, "bfloat16" if packed_bytes else stored_dtype, say)
+    plan = plan_memory(decoder, stored_dtype, name, config, library is not None, packed_bytes)
     _settle(plan, config.threads)
     engine = NativeEngine.load(
         model, plan.device, plan.dtype, plan.kv_cache_bytes, config.threads or None, plan.packs, library
     )
     gguf.forget()
     shape = decoder.model_shape(name, engine.dtype)
+    if plan.dtype == AS_STORED:
+        parameters_read = shape.weight_bytes(1) / shape.weight_bytes_each
+        shape = replace(shape, weight_bytes_each=engine.read_bytes / parameters_read)
     began = time.monotonic()
     device = measure_machine(engine.device, engine.dtype, engine.weights, engine.own_flops())
     measured_seconds = time.monotonic() - began

@@ -69,6 +69,10 @@ class Checkpoint:
         """Of the kernel that computes with this matrix where weights stay packed: 16, 8 or 4."""
         return 16
 
+    def kernel_offsets(self, name: str) -> bool:
+        """Whether that kernel, where it is the one of 4 bits, needs offsets for it."""
+        return True
+
     def stored_bytes(self, name: str) -> int:
         """In the file."""
         return math.prod(self.shapes[name]) * ITEM_BYTES[self.dtype(name)]

@@ -265,6 +265,9 @@ class GgufCheckpoint(Checkpoint):
     def kernel_bits(self, name: str) -> int:
         return KERNEL_BITS.get(self._entries[name].kind.name, 16)
 
+    def kernel_offsets(self, name: str) -> bool:
+        return self._entries[name].kind.name != "Q4_0"
+
     def stored_bytes(self, name: str) -> int:
         return self._entries[name].bytes
 

@@ -16,6 +16,13 @@ from worker.native.linear import PLAIN, Linear, Products
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What is copied at a time: on a CPU a cache still holds it when it is looked through for NaN.
 SLAB_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
+# Of a layer, the matrix that is multiplied and the modules of a checkpoint that it is made of.
+MATRICES = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 

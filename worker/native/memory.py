@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 
-from scheduler.model import DTYPE_BYTES, ModelShape
+from scheduler.model import ModelShape
 from worker.amounts import in_bytes, in_millions
 from worker.calibrate import LEAST_CACHE_TOKENS, LEAST_CONTEXT_TOKENS
 from worker.config import WorkerConfig
 from worker.native.config import DecoderConfig
 from worker.native.cpu.pack import BITS
+from worker.native.cpu.program import AS_STORED
 from worker.native.linear import can_pack
 from worker.native.loader import DTYPES, tensor_shapes
 from worker.native.topology import Node, available_cpus, cgroup_free_bytes, choose_node, cpu_caches
@@ -48,6 +49,7 @@ class Need:
     name: str
     parameters: int
     dtype: str
+    bytes_each: float  # of a parameter
     kv_bytes: float
     kv_reason: str
     reserve_bytes: int
@@ -55,7 +57,7 @@ class Need:
 
     @property
     def weight_bytes(self) -> float:
-        return self.parameters * DTYPE_BYTES[self.dtype]
+        return self.parameters * self.bytes_each
 
     @property
     def bytes(self) -> float:
@@ -69,11 +71,15 @@ class Need:
         """Raises ValueError, with the arithmetic, when it does not fit."""
         if self.bytes > self.free_bytes:
             raise ValueError(
-                f"{self.name} needs {in_bytes(self.weight_bytes)} for its weights in {self.dtype} "
-                f"({in_millions(self.parameters)} parameters x {DTYPE_BYTES[self.dtype]} bytes), "
+                f"{self.name} needs {in_bytes(self.weight_bytes)} for its weights {self._form} "
+                f"({in_millions(self.parameters)} parameters x {round(self.bytes_each, 4):g} bytes), "
                 f"{in_bytes(self.kv_bytes)} for a KV cache {self.kv_reason} and {in_bytes(self.reserve_bytes)} "
                 f"to compute in, but {in_bytes(self.free_bytes)} are free; choose {', or '.join(self._ways_out())}"
             )
+
+    @property
+    def _form(self) -> str:
+        return self.dtype if self.dtype == AS_STORED else f"in {self.dtype}"
 
     def _ways_out(self) -> list[str]:
         asked = [f"less {self.kv_reason.split()[1]}"] if self.kv_reason.startswith("as --") else []
@@ -86,26 +92,37 @@ class Need:
 
 
 def plan_memory(
-    decoder: DecoderConfig, stored_dtype: str, name: str, wanted: WorkerConfig, has_kernels: bool = False
+    decoder: DecoderConfig,
+    stored_dtype: str,
+    name: str,
+    wanted: WorkerConfig,
+    has_kernels: bool = False,
+    packed_bytes: int = 0,
 ) -> MemoryPlan:
     """How much KV cache there will be: what is asked for, else a sensible share of what the weights leave.
 
-    `stored_dtype` is that of the checkpoint's tensors. `has_kernels`: a CPU computes with those of our own. Raises ValueError with a sentence when the device is not there,
-    weights and cache do not fit it, or the cache is too small to serve from.
+    `stored_dtype` is that of the checkpoint's tensors. `has_kernels`: a CPU computes with those of our own; a checkpoint of
+    few bits is then packed as it is stored, in `packed_bytes`. Raises ValueError with a sentence when the device is not
+    there, weights and cache do not fit it, or the cache is too small to serve from.
     """
     device = find_device(wanted.device)
     parameters = sum(math.prod(size) for size in tensor_shapes(decoder).values())
     dtype = wanted.dtype
-    if dtype == "auto":
+    if dtype == "auto" and packed_bytes and has_kernels and device.type == "cpu":
+        dtype = AS_STORED
+    elif dtype == "auto":
         dtype = auto_dtype(device, stored_dtype, parameters, wanted.threads, has_kernels)
-    is_packed = has_kernels and device.type == "cpu" and dtype in BITS
+    is_packed = has_kernels and device.type == "cpu" and dtype in (*BITS, AS_STORED)
     if dtype not in DTYPES and not is_packed:
         raise ValueError(f"--dtype {dtype} is computed on a CPU only, by C code that a compiler has to be there for")
-    shape = decoder.model_shape(name, dtype)
+    shape = decoder.model_shape(name, "int8" if dtype == AS_STORED else dtype)
+    bytes_each = packed_bytes / parameters if dtype == AS_STORED else shape.weight_bytes_each
     context = min(shape.context_tokens, wanted.context_tokens or shape.context_tokens)
     _check_serves(shape, context, wanted.kv_cache_bytes)
     kv_bytes, kv_reason = _kv_need(shape, context, wanted)
-    need = Need(name, parameters, dtype, kv_bytes, kv_reason, RESERVE_BYTES[device.type], _free_bytes(device))
+    need = Need(
+        name, parameters, dtype, bytes_each, kv_bytes, kv_reason, RESERVE_BYTES[device.type], _free_bytes(device)
+    )
     need.check()
     node, place = choose_node(need.bytes, wanted.threads) if device.type == "cpu" else (None, "")
     if node:

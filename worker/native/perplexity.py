@@ -14,17 +14,10 @@ from worker.native.config import DecoderConfig
 from worker.native.decoder import Decoder
 from worker.native.inputs import Span, build_inputs
 from worker.native.linear import Linear
-from worker.native.loader import LayerWeights, Weights
+from worker.native.loader import MATRICES, LayerWeights, Weights
 
 ROW_TOKENS = 512
 LOGITS_AT_ONCE = 64  # rows of them: 40 MB for a vocabulary of 150,000
-# Of a layer, the matrix that is multiplied and the modules of a checkpoint that it is made of.
-MATRICES = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
 Progress = Callable[[int, int], None]
 
 

@@ -104,6 +104,17 @@ class QuantizedCheckpoint(Checkpoint):
     def kernel_bits(self, name: str) -> int:
         return self._scheme(name).bits if name in self._parts_of else 16
 
+    def kernel_offsets(self, name: str) -> bool:
+        """Not for groups like ours around the same centre."""
+        scheme = self._scheme(name)
+        group, index = self._index(name, "weight_g_idx" if "weight_g_idx" in self._parts_of[name] else "g_idx", scheme)
+        if index is not None or group % GROUP:
+            return True
+        if self.quantization.method == "compressed-tensors":
+            return "weight_zero_point" in self._parts_of[name]
+        zero = unpacked(self._part(name, "qzeros"), scheme.bits).int() + self.quantization.zero_shift
+        return bool((zero != 1 << (scheme.bits - 1)).any())
+
     def stored_bytes(self, name: str) -> int:
         if name not in self._parts_of:
             return super().stored_bytes(name)

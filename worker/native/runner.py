@@ -18,7 +18,7 @@ from worker.native.blocks import BLOCK_TOKENS, BlockTable, PagedCache
 from worker.native.config import DecoderConfig
 from worker.native.cpu.decoder import CpuCache, CpuDecoder
 from worker.native.cpu.pack import BITS, Kernels
-from worker.native.cpu.program import load_packed
+from worker.native.cpu.program import AS_STORED, load_packed
 from worker.native.decoder import Decoder, Outcome
 from worker.native.forms import open_checkpoint
 from worker.native.inputs import Span
@@ -70,7 +70,7 @@ class NativeEngine:
 
     `config` is the raw config.json, `block_bytes` the KV cache of one block over all layers, `kv_cache_bytes` that of
     all blocks, `weight_bytes` and `parameters` count a tied head once, `context_tokens` is the longest a sequence can get,
-    `device` and `dtype` are the names that `load` would take.
+    `device` and `dtype` are names that `load` would take: of several formats, that of most weights; `held_form` names them all.
     """
 
     block_tokens = BLOCK_TOKENS
@@ -91,6 +91,7 @@ class NativeEngine:
         self.parameters = sum(math.prod(size) for size in tensor_shapes(shape).values())
         self.device = str(decoder.device)
         self.dtype = decoder.dtype_name
+        self.held_form = " and ".join(decoder.weights.formats) if isinstance(decoder, CpuDecoder) else self.dtype
         self._cache = cache
         self._decoder = decoder
         self._sequences: dict[int, Sequence] = {}
@@ -112,7 +113,7 @@ class NativeEngine:
         ValueError with a sentence that helps for all that cannot work.
 
         `device`: cpu, cuda or cuda:n. `dtype`: float32, bfloat16 or float16; with `library`, the C step's, which computes in
-        bfloat16 and the formats of few bits on a CPU, also int8 or int4. `threads`: on a CPU; None measures whether more than one
+        bfloat16 and the formats of few bits on a CPU, also int8 or int4, or AS_STORED in the file. `threads`: on a CPU; None measures whether more than one
         pays. `packs`: a second copy of the weights may be made where torch is then faster.
         """
         path = Path(path)
@@ -123,7 +124,7 @@ class NativeEngine:
             torch.set_num_threads(threads)
         decoder: Decoder | CpuDecoder
         with open_checkpoint(path, shape) as checkpoint, LoadingBar() as progress:
-            if library is not None and where.type == "cpu" and dtype in BITS:
+            if library is not None and where.type == "cpu" and dtype in (*BITS, AS_STORED):
                 kernels = Kernels(library, threads or available_cpus())
                 packed = load_packed(checkpoint, shape, dtype, kernels, progress)
                 decoder = CpuDecoder(shape, packed, CpuCache(shape, kv_cache_bytes), kernels)
@@ -244,6 +245,11 @@ class NativeEngine:
     def own_flops(self) -> float:
         """Operations per second of its own products, where torch does not compute them; else 0."""
         return self._decoder.product_flops() if isinstance(self._decoder, CpuDecoder) else 0.0
+
+    @property
+    def read_bytes(self) -> int:
+        """Of packed weights, what a step reads; else 0."""
+        return self._decoder.weights.read_bytes if isinstance(self._decoder, CpuDecoder) else 0
 
     @property
     def weights(self) -> list[torch.Tensor]:

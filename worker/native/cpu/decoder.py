@@ -63,7 +63,7 @@ class CpuDecoder:
         self.weights = weights
         self.cache = cache
         self.context_tokens = context_of(config, cache)
-        self.dtype_name = weights.format
+        self.dtype_name = weights.formats[0]
         self._program = build_program(config, weights, cache.layers, cache.num_blocks)
         self._kernels = kernels
         self._engine = self._new_engine(kernels)
@@ -89,7 +89,7 @@ class CpuDecoder:
 
     def product_flops(self) -> float:
         """Operations per second of products with many rows, at their best."""
-        matrix = new_matrix(Arena(PROBE_SIZE**2 * 2 + 4096), PROBE_SIZE, PROBE_SIZE, self.weights.format)
+        matrix = new_matrix(Arena(PROBE_SIZE**2 * 2 + 4096), PROBE_SIZE, PROBE_SIZE, self.dtype_name)
         x = torch.ones(PROBE_ROWS, PROBE_SIZE)
         seconds = best_seconds(lambda: self._kernels.multiply(matrix, x, PROBE_TIMES), self.device, PROBE_SECONDS)
         return 2 * PROBE_ROWS * PROBE_SIZE**2 * PROBE_TIMES / seconds

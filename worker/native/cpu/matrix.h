@@ -15,7 +15,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 enum { BF16, INT8, INT4 };
-enum { FROM_FLOAT32, FROM_BFLOAT16, FROM_FLOAT16 };
+enum { FROM_FLOAT32, FROM_BFLOAT16, FROM_FLOAT16, FROM_BYTES };
 
 typedef struct {
     int64_t rows, columns;
@@ -88,10 +88,12 @@ typedef struct {
     int64_t interleaved;   // … or 16 of each panel, the other 16 being those of another tensor
 } Source;
 
-typedef struct {
+typedef struct Packing {
     Pool *pool;
     Matrix *matrix;
     Source source;
+    const uint16_t *scales, *offsets;  // of bytes: [rows][groups]
+    void (*pack_piece)(struct Packing *packing, int64_t row, int64_t first);
     atomic_int faults;  // pieces of rows with NaN or infinite numbers
 } Packing;
 
@@ -205,14 +207,35 @@ static void (*const pack_group[])(const Matrix *matrix, int64_t row, int64_t gro
 };
 
 // PIECE columns of a row, or what is left of it.
-static void pack_piece(Packing *packing, int64_t row, int64_t first) {
+INLINE int64_t piece_columns(const Matrix *matrix, int64_t first) {
+    const int64_t left = matrix->columns - first;
+    return left < PIECE ? left : PIECE;
+}
+
+static void pack_floats(Packing *packing, int64_t row, int64_t first) {
     const Matrix *matrix = packing->matrix;
-    const int64_t left = matrix->columns - first, columns = left < PIECE ? left : PIECE, to = packed_row(&packing->source, row);
+    const int64_t columns = piece_columns(matrix, first), to = packed_row(&packing->source, row);
     _Alignas(LINE_BYTES) float line[PIECE];
     read_row(&packing->source, row, first, columns, line);
     if (!is_finite(line, columns)) atomic_fetch_add(&packing->faults, 1);
     memset(line + columns, 0, (rounded_up(columns, GROUP) - columns) * sizeof *line);
     for (int64_t at = 0; at < columns; at += GROUP) pack_group[matrix->format](matrix, to, (first + at) / GROUP, line + at);
+}
+
+// What is in groups of few bits already, as it is.
+static void place_bytes(Packing *packing, int64_t row, int64_t first) {
+    const Matrix *matrix = packing->matrix;
+    const int64_t columns = piece_columns(matrix, first), to = packed_row(&packing->source, row);
+    const uint8_t *from = (const uint8_t *)packing->source.from + row * packing->source.stride + first;
+    _Alignas(LINE_BYTES) uint8_t line[PIECE];
+    memcpy(line, from, columns);
+    memset(line + columns, 0, rounded_up(columns, GROUP) - columns);
+    for (int64_t at = 0; at < columns; at += GROUP) {
+        const int64_t group = (first + at) / GROUP, source = row * groups_of(matrix) + group, scale = scale_at(matrix, to, group);
+        place_group(matrix, to, group, line + at);
+        matrix->scales[scale] = packing->scales[source];
+        if (matrix->offsets) matrix->offsets[scale] = packing->offsets[source];
+    }
 }
 
 // A panel's rows piece by piece: the lines that all of them write to are then still in the first cache.
@@ -223,37 +246,23 @@ static void pack_units(void *job, int thread) {
     const int64_t rows = packing->source.rows, units = (rows + PANEL - 1) / PANEL;
     for (int unit; (unit = claim(phase)) < units; mark_done(phase))
         for (int64_t first = 0; first < packing->matrix->columns; first += PIECE)
-            for (int64_t row = unit * PANEL; row < (unit + 1) * PANEL && row < rows; row++) pack_piece(packing, row, first);
+            for (int64_t row = unit * PANEL; row < (unit + 1) * PANEL && row < rows; row++)
+                packing->pack_piece(packing, row, first);
     wait_until(&phase->done, units);
 }
 
-// Packs rows of a tensor, in all threads. The matrix's memory was cleared. Returns in how many pieces of rows there are
-// numbers that are none, or -1 where memory ran out.
-EXPORT int pack_rows(Pool *pool, Matrix *matrix, const Source *source) {
+// Packs rows of a tensor, in all threads. The matrix's memory was cleared. Bytes are what groups store, with these scales
+// and offsets; what is not one byte is made into groups. Returns in how many pieces of rows there are numbers that are none,
+// or -1 where memory ran out.
+EXPORT int pack_rows(Pool *pool, Matrix *matrix, const Source *source, const uint16_t *scales, const uint16_t *offsets) {
     Packing *packing = calloc(1, sizeof *packing);
     if (!packing) return -1;
-    *packing = (Packing){.pool = pool, .matrix = matrix, .source = *source};
+    *packing = (Packing){pool, matrix, *source, scales, offsets, source->kind == FROM_BYTES ? place_bytes : pack_floats, 0};
     const bool is_done = run_together(pool, pack_units, packing, 1);
     wait_until(&pool->inside, 0);  // before the job they look at is gone
     const int faults = is_done ? packing->faults : -1;
     free(packing);
     return faults;
-}
-
-// Rows that are in groups of few bits already, as they are: `numbers` as q (or 0 … 15 where four bits have offsets).
-EXPORT void place_groups(Matrix *matrix, int64_t first, int64_t rows, const int8_t *numbers, const uint16_t *scales,
-                         const uint16_t *offsets) {
-    const int64_t groups = groups_of(matrix), columns = matrix->columns;
-    const int zero = matrix->format == INT8 ? 128 : matrix->offsets ? 0 : 8;
-    for (int64_t at = 0; at < rows * groups; at++) {
-        const int64_t row = at / groups, group = at % groups, to = scale_at(matrix, first + row, group);
-        uint8_t stored[GROUP] = {0};
-        for (int64_t i = 0; i < GROUP && group * GROUP + i < columns; i++)
-            stored[i] = numbers[row * columns + group * GROUP + i] + zero;
-        place_group(matrix, first + row, group, stored);
-        matrix->scales[to] = scales[at];
-        if (matrix->offsets) matrix->offsets[to] = offsets[at];
-    }
 }
 
 // --- unpacking -------------------------------------------------------------------------------------------------------

@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from worker.native.groups import Groups, half
+
 PANEL = 32  # rows that are stored, and computed, side by side
 GROUP = 32  # numbers of few bits that share a scale
 FORMATS = {"bfloat16": 0, "int8": 1, "int4": 2}
 BITS = {"bfloat16": 16, "int8": 8, "int4": 4}
-SOURCE_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SOURCE_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 CHUNK_BYTES = 256 << 20
 LINE_BYTES = 64
 SLACK_BYTES = 256  # the last vector of an odd row reads past it
@@ -95,6 +97,13 @@ class Packed:
         return [tensor for tensor in (self.numbers, self.scales, self.offsets) if tensor is not None]
 
 
+def packed_bytes(rows: int, columns: int, format: str, has_offsets: bool = False) -> int:
+    """Of a matrix, in whole panels and groups."""
+    groups = rounded_up(rows, PANEL) * (rounded_up(columns, GROUP) // GROUP)
+    per_group = GROUP * BITS[format] // 8 + (0 if format == "bfloat16" else 2 + 2 * has_offsets)
+    return groups * per_group
+
+
 def new_matrix(arena: Arena, rows: int, columns: int, format: str, has_offsets: bool = False) -> Packed:
     """Cleared: what is not packed into it counts as nothing."""
     panels, groups = rounded_up(rows, PANEL) // PANEL, rounded_up(columns, GROUP) // GROUP
@@ -128,31 +137,53 @@ class Kernels:
 
         Interleaved, 16 rows of source and 16 of another tensor make a panel: `first` is then 0 or 16.
         """
-        assert source.shape[1] == matrix.columns and source.stride(1) == 1
-        rows, kind = len(source), SOURCE_KINDS[source.dtype]
-        described = CSource(source.data_ptr(), kind, source.stride(0), rows, first, is_interleaved)
-        faults = int(self.library.pack_rows(self.pool, ctypes.byref(matrix.struct), ctypes.byref(described)))
+        assert source.shape[1] == matrix.columns and source.is_floating_point()
+        return self._pack(matrix, source, None, None, first, is_interleaved)
+
+    def place(
+        self,
+        matrix: Packed,
+        stored: Tensor,
+        scales: Tensor,
+        offsets: Tensor | None = None,
+        first: int = 0,
+        is_interleaved: bool = False,
+    ) -> None:
+        """Rows whose groups are what the matrix holds, bit for bit: [rows, columns] in uint8, scales [rows, groups].
+
+        Of a number q, q + 128 is stored; in 4 bits q + 8, or q with offsets. Rows as for `pack`.
+        """
+        assert stored.dtype == torch.uint8 and stored.shape[1] >= matrix.columns
+        assert (offsets is None) == (matrix.offsets is None)
+        for each in (scales, offsets):
+            assert each is None or (each.is_contiguous() and each.dtype == torch.float16)
+        self._pack(matrix, stored, scales, offsets, first, is_interleaved)
+
+    def place_groups(self, matrix: Packed, groups: Groups, first: int = 0, is_interleaved: bool = False) -> None:
+        """As `place`: groups of as many bits as the matrix has, centred unless it has offsets."""
+        assert groups.bits == BITS[matrix.format] and (matrix.offsets is not None or groups.is_centred)
+        scales, offsets = (half(numbers).half().contiguous() for numbers in (groups.scale, groups.offset))
+        has_offsets = matrix.offsets is not None
+        self.place(matrix, groups.values, scales, offsets if has_offsets else None, first, is_interleaved)
+
+    def _pack(
+        self,
+        matrix: Packed,
+        source: Tensor,
+        scales: Tensor | None,
+        offsets: Tensor | None,
+        first: int,
+        is_interleaved: bool,
+    ) -> int:
+        assert source.stride(1) == 1
+        kind = SOURCE_KINDS[source.dtype]
+        described = CSource(source.data_ptr(), kind, source.stride(0), len(source), first, is_interleaved)
+        of_groups = (0 if each is None else each.data_ptr() for each in (scales, offsets))
+        pointers = ctypes.byref(matrix.struct), ctypes.byref(described), *of_groups
+        faults = int(self.library.pack_rows(self.pool, *pointers))
         if faults < 0:
             raise MemoryError("no memory to pack weights in")
         return faults
-
-    def place(
-        self, matrix: Packed, numbers: Tensor, scales: Tensor, offsets: Tensor | None = None, first: int = 0
-    ) -> None:
-        """Rows whose groups are what the matrix holds, bit for bit: numbers [rows, columns] in int8, scales [rows, groups].
-
-        Four bits are -8 … 7, or 0 … 15 with offsets.
-        """
-        assert numbers.is_contiguous() and scales.is_contiguous() and scales.dtype == torch.float16
-        assert (offsets is None) == (matrix.offsets is None)
-        self.library.place_groups(
-            ctypes.byref(matrix.struct),
-            first,
-            len(numbers),
-            numbers.data_ptr(),
-            scales.data_ptr(),
-            0 if offsets is None else offsets.data_ptr(),
-        )
 
     def multiply(self, matrix: Packed, x: Tensor, times: int = 1) -> Tensor:
         """x [rows, columns] in float32 times the matrix: [rows, rows of the matrix]. The same is done `times` over."""
@@ -178,8 +209,7 @@ def declare(library: ctypes.CDLL) -> None:
         "pool_new": (pointer, [ctypes.c_int]),
         "pool_threads": (ctypes.c_int, [pointer]),
         "pool_free": (None, [pointer]),
-        "pack_rows": (ctypes.c_int, [pointer, pointer, pointer]),
-        "place_groups": (None, [pointer, number, number, pointer, pointer, pointer]),
+        "pack_rows": (ctypes.c_int, [pointer, pointer, pointer, pointer, pointer]),
         "unpack_row": (None, [pointer, number, pointer]),
         "multiply_rows": (ctypes.c_bool, [pointer, pointer, pointer, number, pointer, ctypes.c_int]),
         "engine_new": (pointer, [pointer, pointer]),

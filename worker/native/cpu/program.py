@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -13,12 +14,27 @@ from torch import Tensor
 
 from worker.native.checkpoint import Checkpoint
 from worker.native.config import DecoderConfig
-from worker.native.cpu.pack import GROUP, PANEL, Arena, CMatrix, Kernels, Packed, new_matrix, rounded_up
+from worker.native.cpu.pack import (
+    BITS,
+    GROUP,
+    PANEL,
+    Arena,
+    CMatrix,
+    Kernels,
+    Packed,
+    new_matrix,
+    packed_bytes,
+    rounded_up,
+)
 from worker.native.decoder import rope_frequencies
-from worker.native.loader import check_tensors, floats, stored_bytes
+from worker.native.groups import Groups, for_kernel
+from worker.native.loader import MATRICES, check_tensors, floats, stored_bytes, tensor_shapes
 
 Progress = Callable[[int, int], None]
+AS_STORED = "as stored"  # each matrix in the format that is nearest to what the file holds
+OUTSIDE = ("model.embed_tokens.weight", "lm_head.weight")  # of the layers, the matrices
 HALF_PANEL = PANEL // 2
+SLAB_NUMBERS = 1 << 20  # that are taken out of a file at a time
 
 
 class Kind(IntEnum):
@@ -98,17 +114,32 @@ class Layer:
 class PackedWeights:
     """All weights of a decoder; with a tied head, `head` and `embedding` are one matrix."""
 
-    format: str
     embedding: Packed
     layers: tuple[Layer, ...]
     head: Linear
 
+    @property
+    def formats(self) -> list[str]:
+        """Of its matrices; first the one that most weights have."""
+        count: Counter[str] = Counter()
+        for linear in self._linears():
+            count[linear.matrix.format] += linear.matrix.rows * linear.matrix.columns
+        return list(dict.fromkeys([*(format for format, _ in count.most_common()), self.embedding.format]))
+
+    @property
+    def read_bytes(self) -> int:
+        """What a step reads: everything but the input embedding."""
+        return sum(tensor.nbytes for linear in self._linears() for tensor in linear.tensors())
+
     def tensors(self) -> list[Tensor]:
         """Every tensor once."""
-        linears = [matrix for layer in self.layers for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down)]
         norms = [layer.qk_norm for layer in self.layers if layer.qk_norm is not None]
-        found = self.embedding.tensors() + norms + [t for linear in (*linears, self.head) for t in linear.tensors()]
+        found = self.embedding.tensors() + norms + [t for linear in self._linears() for t in linear.tensors()]
         return list({id(tensor): tensor for tensor in found}.values())
+
+    def _linears(self) -> list[Linear]:
+        layers = [linear for layer in self.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        return [*layers, self.head]
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -121,13 +152,39 @@ def load_packed(
     kernels: Kernels,
     progress: Progress = lambda done, total: None,
 ) -> PackedWeights:
-    """Packs a checkpoint tensor by tensor. Raises ValueError when it does not fit the config, or has NaN."""
+    """Packs a checkpoint tensor by tensor. Raises ValueError when it does not fit the config, or has NaN.
+
+    `format`: of all matrices, or AS_STORED.
+    """
     check_tensors(config, checkpoint)
     packer = _Packer(checkpoint, format, kernels, stored_bytes(checkpoint, config), progress)
     embedding = packer.stacked("model.embed_tokens.weight")
     layers = tuple(_pack_layer(packer, config, f"model.layers.{i}") for i in range(config.layers))
     head = embedding if config.tied_head else packer.stacked("lm_head.weight")
-    return PackedWeights(format, embedding, layers, Linear(head, packer.vector("model.norm.weight")))
+    return PackedWeights(embedding, layers, Linear(head, packer.vector("model.norm.weight")))
+
+
+def bytes_as_stored(checkpoint: Checkpoint, config: DecoderConfig) -> int:
+    """Of all weights packed AS_STORED; 0 where the checkpoint has none of few bits. Tensors that are missing count as large."""
+    shapes = tensor_shapes(config)
+    stacks: list[tuple[str, ...]] = [(name,) for name in OUTSIDE if name in shapes]
+    for i in range(config.layers):
+        stacks += [tuple(f"model.layers.{i}.{module}.weight" for module in modules) for modules in MATRICES.values()]
+    there = [name for names in stacks for name in names if name in checkpoint.shapes]
+    if not any(checkpoint.kernel_bits(name) < 16 for name in there):
+        return 0
+    total = 4 * sum(shape[0] for shape in shapes.values() if len(shape) == 1)
+    for names in stacks:
+        form = stored_format(checkpoint, names) if set(names) <= set(there) else ("bfloat16", False)
+        total += packed_bytes(sum(shapes[name][0] for name in names), shapes[names[0]][1], *form)
+    return total
+
+
+def stored_format(checkpoint: Checkpoint, names: Sequence[str]) -> tuple[str, bool]:
+    """The widest of some tensors' that are one matrix, and whether it has offsets."""
+    bits = max(checkpoint.kernel_bits(name) for name in names)
+    format = next(format for format, each in BITS.items() if each == bits)
+    return format, format == "int4" and any(checkpoint.kernel_offsets(name) for name in names)
 
 
 def _pack_layer(packer: _Packer, config: DecoderConfig, prefix: str) -> Layer:
@@ -170,7 +227,7 @@ class _Packer:
     def stacked(self, *names: str) -> Packed:
         """Tensors [rows, columns] under each other."""
         shapes = [self.checkpoint.shapes[name] for name in names]
-        matrix = new_matrix(self.arena, sum(shape[0] for shape in shapes), shapes[0][1], self.format)
+        matrix = self._new_matrix(names, sum(shape[0] for shape in shapes), shapes[0][1])
         first = 0
         for name, shape in zip(names, shapes, strict=True):
             self._pack(matrix, name, first)
@@ -179,7 +236,7 @@ class _Packer:
 
     def interleaved(self, gate: str, up: str) -> Packed:
         rows, columns = self.checkpoint.shapes[gate]
-        matrix = new_matrix(self.arena, 2 * rounded_up(rows, HALF_PANEL), columns, self.format)
+        matrix = self._new_matrix((gate, up), 2 * rounded_up(rows, HALF_PANEL), columns)
         self._pack(matrix, gate, 0, is_interleaved=True)
         self._pack(matrix, up, HALF_PANEL, is_interleaved=True)
         return matrix
@@ -203,22 +260,51 @@ class _Packer:
         source = floats(self.checkpoint.read(name))
         self._count(name)
         if not source.isfinite().all():
-            raise self._not_finite(name)
+            raise self._not_finite(name, "float32")
         return source
 
+    def _new_matrix(self, names: Sequence[str], rows: int, columns: int) -> Packed:
+        form = stored_format(self.checkpoint, names) if self.format == AS_STORED else (self.format, False)
+        return new_matrix(self.arena, rows, columns, *form)
+
     def _pack(self, matrix: Packed, name: str, first: int, is_interleaved: bool = False) -> None:
-        source = floats(self.checkpoint.read(name))
-        if self.kernels.pack(matrix, source, first, is_interleaved):
-            raise self._not_finite(name)
+        rows = self.checkpoint.shapes[name][0]
+        step = max(1, SLAB_NUMBERS // (PANEL * matrix.columns)) * PANEL
+        for start in range(0, rows, step):
+            weight = self.checkpoint.read(name, slice(start, min(start + step, rows)))
+            at = first + (2 * start if is_interleaved else start)
+            if not self._pack_slab(matrix, weight, at, is_interleaved):
+                raise self._not_finite(name, matrix.format)
+            self._tell(self.checkpoint.stored_bytes(name) * min(start + step, rows) // rows)
         self._count(name)
 
-    def _not_finite(self, name: str) -> ValueError:
+    def _pack_slab(self, matrix: Packed, weight: Tensor | Groups, first: int, is_interleaved: bool) -> bool:
+        """False for numbers that are none."""
+        is_placed = isinstance(weight, Groups) or matrix.offsets is not None
+        if self.format != AS_STORED or matrix.format == "bfloat16" or not is_placed:
+            return not self.kernels.pack(matrix, floats(weight), first, is_interleaved)
+        if not _is_finite(weight):
+            return False
+        if isinstance(weight, Tensor):
+            weight = F.pad(weight, (0, -weight.shape[1] % GROUP))
+        self.kernels.place_groups(matrix, for_kernel(weight, BITS[matrix.format]), first, is_interleaved)
+        return True
+
+    def _not_finite(self, name: str, format: str) -> ValueError:
         place = self.checkpoint.place(name)
-        return ValueError(f"{self.checkpoint.folder}: {place} has NaN or infinite values (read as {self.format})")
+        return ValueError(f"{self.checkpoint.folder}: {place} has NaN or infinite values (read as {format})")
 
     def _count(self, name: str) -> None:
         self.done_bytes += self.checkpoint.stored_bytes(name)
-        self.progress(self.done_bytes, self.total_bytes)
+        self._tell(0)
+
+    def _tell(self, further_bytes: int) -> None:
+        self.progress(self.done_bytes + further_bytes, self.total_bytes)
+
+
+def _is_finite(weight: Tensor | Groups) -> bool:
+    parts = (weight.scale, weight.offset) if isinstance(weight, Groups) else (weight,)
+    return all(bool(part.isfinite().all()) for part in parts)
 
 
 # --- the program ------------------------------------------------------------------------------------------------------
