@@ -172,6 +172,7 @@ class WorkerClient:
         self.connected = False
         self.fault = ""  # why the worker that is there cannot be used
         self.absence = ""  # why none is there
+        self._told_absence = ""
         self.snapshot: Snapshot | None = None
         self.snapshot_at = 0.0
         self._secret = secret
@@ -371,8 +372,10 @@ class WorkerClient:
         self.fault = fault
 
     def _find_absence(self, absence: str, is_usual: bool) -> None:
-        if absence != self.absence and not is_usual:
+        """Told once, when it is found twice in a row: a worker that ends at its start says itself why."""
+        if absence == self.absence != self._told_absence and not is_usual:
             logger.info("no worker at %s: %s", self.address, absence)
+            self._told_absence = absence
         self.absence = absence
 
     async def _follow(self) -> None:
@@ -388,7 +391,7 @@ class WorkerClient:
         await self._learn(WorkerInfo.decode(body))
         stream = await self._open_stream()
         try:
-            self.connected, self.fault, self.absence = True, "", ""
+            self.connected, self.fault, self.absence, self._told_absence = True, "", "", ""
             while not stream.closed.done():
                 await asyncio.wait([stream.closed], timeout=1.0)
                 if time.monotonic() - stream.heard_at > SILENCE_SECONDS:

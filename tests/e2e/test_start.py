@@ -153,7 +153,9 @@ def test_a_model_that_does_not_fit_is_refused_with_the_arithmetic_before_anythin
     config = {**json.loads((find_model(DEMO) / "config.json").read_text()), "num_hidden_layers": 4096}
     (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": 65536, "intermediate_size": 262144}))
     refusal = refused("--random-weights", str(tmp_path))
-    arithmetic = r"needs [\d.]+ GB for its weights in \w+ \([\d.]+ B parameters x \d bytes\), [\d.]+ GB for a KV cache"
+    arithmetic = (
+        r"needs [\d.]+ GB for its weights in \w+ \([\d.]+ B parameters x [\d.]+ bytes\), [\d.]+ GB for a KV cache"
+    )
     assert_refused(refusal, arithmetic + r".* GB are free; choose a smaller model")
 
 
